@@ -1,0 +1,225 @@
+"""Several runs at once over one frozen backbone.
+
+Members of a pack see the same batches through the same frozen weights and differ in what trains: K
+sets of tensors, stacked in the forward pass and mapped over by `torch.func.vmap`. What comes before
+the first tuner is computed once for all; frozen layers see K times the batch; layers with weights
+of their own become batched products. What trains stays in leaves of its own, one vector a member
+and parameter group, so that the optimiser is a library's, with a learning rate and a weight decay
+a member. A pack of one is the model itself, without any of this.
+
+A member's numbers are those of its solo run up to the rounding of stacked kernels. Members of one
+seed draw one dropout mask, that of the solo run; members of several seeds draw one mask each, out
+of the first one's stream: equal to their solo runs in distribution only.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+
+from peft.core import load_adapter_state, penalty
+from peft.record import MACHINE
+
+# What may differ between the members of a pack, beside the `stacks` of tuners.
+STACKED = {
+    "seed",
+    "optim.lr",
+    "optim.min_lr",
+    "optim.weight_decay",
+    "optim.warmup_epochs",
+    "optim.clip_norm",
+}
+
+
+class Unstackable(ValueError):
+    """These runs can only be trained one at a time."""
+
+
+def why_not(configs: Sequence[Mapping]) -> str | None:
+    """The key because of which runs cannot be stacked, with the reason; None where they can.
+
+    configs: resolved configurations of runs, with or without the keys of the machine.
+    """
+    kept = [{k: v for k, v in config.items() if k not in MACHINE} for config in configs]
+    flat = [dict(_leaves(config)) for config in kept]
+    if len(flat) < 2:
+        return None
+    first, absent = flat[0], object()
+    different = [
+        key
+        for key in dict.fromkeys(key for other in flat for key in other)
+        if any(other.get(key, absent) != first.get(key, absent) for other in flat)
+    ]
+    for key in different:
+        if key not in STACKED:
+            return f"{key} differs"
+    if "seed" in different and not first.get("backbone.pretrained", True):
+        return "seed differs, and draws the weights of a backbone that is not pre-trained"
+    if first.get("precision") == "fp16":
+        return "precision is fp16, whose loss scale would be one for all"
+    return None
+
+
+def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+    items = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for key, value in items:
+        if isinstance(value, (Mapping, list)) and value:
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+class Scored(nn.Module):
+    """A network with its regulariser: (logits, penalty), in one call for vmap, DDP and compile."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(x), torch.as_tensor(penalty(self.net), device=x.device)
+
+
+class Pack:
+    """K members: one network, K sets of the tensors that train.
+
+    model: carries the method. net: what runs, the model or what of it follows cached features.
+    starts: the `adapter_state` of each member at its start.
+    split: says of a parameter, by name, whether it is spared weight decay.
+    `leaves[k][g]`: what the optimiser trains for member k, g = 0 with weight decay and 1 without.
+    Raises Unstackable for a network whose running statistics train along.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        net: nn.Module,
+        starts: Sequence[Mapping[str, Tensor]],
+        split: Callable[[str, Tensor], bool],
+        same_draws: bool = True,
+    ):
+        self.model, self.net, self.scored = model, net, Scored(net)
+        self.randomness = "same" if same_draws else "different"
+        self.members = list(range(len(starts)))  # those that still train
+        self.solo = len(starts) == 1
+        names = {id(p): name for name, p in model.named_parameters()}
+        trained = {name: p for name, p in self.scored.named_parameters() if p.requires_grad}
+        groups: tuple[dict, dict] = {}, {}
+        for name, p in trained.items():
+            groups[split(names[id(p)], p)][name] = p
+        self.groups = groups
+        if self.solo:
+            load_adapter_state(model, starts[0])
+            self.leaves = [[list(group.values()) for group in groups]]
+            return
+        for path, module in net.named_modules():
+            if module.training and getattr(module, "track_running_stats", False):
+                raise Unstackable(f"the running statistics of {path} train along, one set for all")
+        self.leaves = []
+        for start in starts:
+            load_adapter_state(model, start)
+            filled = [[p.detach().flatten() for p in group.values()] for group in groups]
+            self.leaves.append([[torch.cat(f).requires_grad_()] if f else [] for f in filled])
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (K, B, classes) and penalties (K,) of the members that still train."""
+        if self.solo:
+            logits, extra = self.scored(images)
+            return logits[None], extra[None]
+        return vmap(self._one, (0, None), randomness=self.randomness)(self.stacks(), images)
+
+    def _one(self, own: Mapping[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+        with Folded():
+            return functional_call(self.scored, own, (images,))
+
+    def stacks(self) -> dict[str, Tensor]:
+        """The tensors that train by name, (K, *shape)."""
+        found = {}
+        for g, group in enumerate(self.groups):
+            if group:
+                flat = torch.stack([self.leaves[k][g][0] for k in self.members])
+                parts = flat.split([p.numel() for p in group.values()], 1)
+                found |= {
+                    name: part.unflatten(1, p.shape) if p.dim() else part[:, 0]
+                    for (name, p), part in zip(group.items(), parts, strict=True)
+                }
+        return found
+
+    def trained(self, k: int) -> list[Tensor]:
+        """What the optimiser trains for member k."""
+        return [leaf for leaves in self.leaves[k] for leaf in leaves]
+
+    @torch.no_grad()
+    def show(self, k: int) -> None:
+        """Lets the model carry the tensors of member k."""
+        if self.solo:
+            return
+        for group, flat in zip(self.groups, self.leaves[k], strict=True):
+            for p, part in zip(group.values(), _parts(group, flat), strict=True):
+                p.copy_(part.view_as(p))
+
+    @torch.no_grad()
+    def load(self, leaves: Sequence[Sequence[Sequence[Tensor]]]) -> None:
+        """Goes on from the `leaves` of a checkpoint."""
+        for ours, theirs in zip(self.leaves, leaves, strict=True):
+            for mine, its in zip(ours, theirs, strict=True):
+                for leaf, saved in zip(mine, its, strict=True):
+                    leaf.copy_(saved)
+
+    def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves a member out from here on."""
+        self.members.remove(k)
+        kept = [group for group in optimizer.param_groups if group["member"] != k]
+        for group in optimizer.param_groups:
+            if group["member"] == k:
+                for leaf in group["params"]:
+                    optimizer.state.pop(leaf, None)
+        optimizer.param_groups[:] = kept
+
+
+def _parts(group: Mapping[str, Tensor], flat: Sequence[Tensor]) -> Sequence[Tensor]:
+    return flat[0].split([p.numel() for p in group.values()]) if flat else ()
+
+
+class Folded(TorchFunctionMode):
+    """Some functions have no batching rule, and vmap would run them member by member: here the
+    members become part of their batch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if func is F.adaptive_avg_pool2d and len(args) == 2 and args[0].dim() == 4:
+            return _Fold.apply(lambda x: func(x, args[1]), args[0])
+        attends = func is F.scaled_dot_product_attention and len(args) == 3
+        if attends and not (given.get("dropout_p") or given.get("enable_gqa")):
+            rest = {key: value for key, value in given.items() if key != "attn_mask"}
+            mask = given.get("attn_mask")
+            if mask is None:
+                return _Fold.apply(lambda q, k, v: func(q, k, v, **rest), *args)
+            mask = mask[(None,) * (4 - mask.dim())].expand(len(args[0]), -1, -1, -1)
+            return _Fold.apply(lambda q, k, v, m: func(q, k, v, m, **rest), *args, mask)
+        return func(*args, **given)
+
+
+class _Fold(torch.autograd.Function):
+    """A function of tensors whose first dimension is the batch, with a batching rule. Outside vmap
+    it has no gradient: that is for what comes before the first tuner, the same for all members."""
+
+    @staticmethod
+    def forward(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        return call(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info, dims, call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, int]:
+        def fold(x: Tensor, dim: int | None) -> Tensor:  # (K, B, ...) -> (K B, ...)
+            x = x[None] if dim is None else x.movedim(dim, 0)
+            return x.expand(info.batch_size, *x.shape[1:]).flatten(0, 1)
+
+        folded = [fold(x, dim) for x, dim in zip(tensors, dims[1:], strict=True)]
+        return call(*folded).unflatten(0, (info.batch_size, -1)), 0

@@ -1,0 +1,215 @@
+"""What a run leaves behind: its identity, its folder, its record.
+
+A record is written once, atomically, and never edited; everything that a table shows comes from
+records. `key` is the sha256 of the canonical JSON of the run's identity: what could change the
+numbers, never where or with what it was watched.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+# Keys that came into the configuration after the first records, with the default under which
+# nothing changed: they enter the identity only when they differ from it, so that older records are
+# still found.
+ADDED_LATER: dict[str, object] = {}
+
+MACHINE = {
+    "device",
+    "workers",
+    "pack",
+    "checkpoint_seconds",
+    "info",
+    "force",
+    "runs_dir",
+    "data_root",
+    "weights_dir",
+    "logger",
+    "selected_from",
+}
+FIELDS = [
+    "key",
+    "phase",
+    "config",
+    "suite",
+    "task",
+    "group",
+    "backbone",
+    "method",
+    "variant",
+    "seed",
+    "protocol",
+    "selection",
+    "trained_on",
+    "selected_from",
+    "metrics",
+    "tuned_params",
+    "head_params",
+    "seconds",
+    "images_per_second",
+    "peak_memory_bytes",
+    "device",
+    "provenance",
+]
+
+
+def portable(config: Mapping) -> dict:
+    """A resolved configuration without what belongs to this machine, only the placements of the
+    backbone's family, and `weights` as the digest of the file: enough to run the same elsewhere."""
+    config = {key: value for key, value in config.items() if key not in MACHINE}
+    if config.get("weights"):
+        digest = hashlib.sha256(Path(config["weights"]).read_bytes()).hexdigest()
+        config["weights"] = f"sha256:{digest}"
+    backbone, method = config["backbone"], config["method"]
+    loading = {"weights", "original", "unused", "accepts", "smallest", "patch", "sites"}
+    config["backbone"] = {k: v for k, v in backbone.items() if k not in loading}
+    placements = method["placements"]
+    if isinstance(placements, Mapping):
+        placements = placements.get(backbone["family"])
+    config["method"] = hyperparameters(method) | {
+        "name": method["name"],
+        "placements": placements,
+        "trainable": method["trainable"],
+    }
+    return config
+
+
+def hyperparameters(method: Mapping) -> dict:
+    """The values a method's yaml sets at its top level. Mappings there are parts that placements
+    refer to, and some keys only describe."""
+    describing = {"name", "paper", "formula", "excludes", "no_gradient", "no_merge", "trainable"}
+
+    def simple(value: object) -> bool:
+        parts = value if isinstance(value, list) else [value]
+        return not any(isinstance(part, Mapping) for part in parts)
+
+    named = {key: value for key, value in method.items() if key not in {*describing, "placements"}}
+    return {key: value for key, value in named.items() if simple(value)}
+
+
+def identity(config: Mapping) -> dict:
+    """What a run is, from its portable configuration."""
+    kept = {
+        key: config[key]
+        for key in (
+            "phase",
+            "seed",
+            "data_seed",
+            "image_size",
+            "precision",
+            "weights",
+            "preset",
+            "optim",
+            "backbone",
+            "method",
+        )
+    }
+    kept["dataset"] = {
+        key: value for key, value in config["dataset"].items() if key not in {"title", "group"}
+    }
+    kept["protocol"] = {key: value for key, value in config["protocol"].items() if key != "seeds"}
+    for path, default in ADDED_LATER.items():
+        node, _, leaf = path.rpartition(".")
+        holder = kept
+        for part in filter(None, node.split(".")):
+            holder = holder.get(part, {})
+        if holder.get(leaf, default) == default:
+            holder.pop(leaf, None)
+    return kept
+
+
+def key_of(config: Mapping) -> str:
+    text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def folder_of(config: Mapping, runs_dir: str | Path) -> Path:
+    """Where a run leaves its files: no `=` and no `,`, which Hydra's command line would trip
+    over."""
+    dataset, key = config["dataset"], key_of(config)
+    names = config["method"]["name"], config["backbone"]["name"], config["phase"]
+    run = "-".join([*names, f"s{config['seed']}", key[:8]])
+    return Path(runs_dir) / dataset["suite"] / dataset["name"] / run
+
+
+def write(path: Path, content: Mapping | str | bytes | memoryview) -> None:
+    """Replaces a file in one step; what was there stays if anything fails."""
+    if isinstance(content, Mapping):
+        content = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    if isinstance(content, str):
+        content = content.encode()
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> dict:
+    """A record. Raises ValueError naming the file for one that was cut off, edited, or lacks a
+    field."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no record: {error}. It was cut off or edited; delete it and run that cell "
+            "again"
+        ) from error
+    missing = [field for field in FIELDS if field not in record]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: not a record of this suite, or edited; delete it "
+            "and run that cell again"
+        )
+    if record["key"] != key_of(record["config"]):
+        raise ValueError(
+            f"{path} was edited: its key is not that of its configuration; delete it and run that "
+            "cell again"
+        )
+    bad = [name for name, value in record["metrics"].items() if not math.isfinite(value)]
+    if bad:
+        raise ValueError(
+            f"{path} holds {', '.join(bad)} that are no numbers; delete it and run that cell again"
+        )
+    return record
+
+
+def variant_of(method: Mapping, default: Mapping) -> str:
+    """The hyper-parameters of a method that differ from its yaml, as `alpha=8,rank=4`."""
+    ours, theirs = hyperparameters(method), hyperparameters(default)
+    return ",".join(f"{key}={ours[key]}" for key in sorted(ours) if ours[key] != theirs.get(key))
+
+
+def environment() -> dict:
+    """Versions and the state of the checkout."""
+
+    def git(*arguments: str) -> str | None:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    packages = ("torch", "torchvision", "timm", "hydra-core", "numpy")
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
+    }

@@ -1,0 +1,110 @@
+"""Watching: the progress bar, log.csv, wandb's mirror, and what a method touches before it trains.
+
+None of this is a source of numbers: those are in the records.
+"""
+
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from peft.core import count, own_parameters, tuners
+from peft.record import write
+
+
+class Progress:
+    """A bar with loss, accuracy, images/s and the time left; plain lines, one an epoch, where there
+    is no terminal."""
+
+    def __init__(self, title: str, total: int, done: int, batch_size: int, quiet: bool = False):
+        self.title, self.batch_size, self.quiet = title, batch_size, quiet
+        self.first, self.started = done, time.monotonic()
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            unit="step",
+            disable=quiet or not sys.stderr.isatty(),
+            mininterval=0.5,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, sums: Tensor) -> None:
+        """sums: (K, 3) of the epoch so far; loss * images, right answers, images."""
+        if self.bar.update():  # true when it was redrawn: the only times that a GPU is waited for
+            loss, right, seen = sums.sum(0).tolist()
+            steps = self.bar.n - self.first
+            speed = steps * self.batch_size * len(sums) / (time.monotonic() - self.started)
+            self.bar.set_postfix_str(
+                f"loss {loss / seen:.3f}, top-1 {100 * right / seen:.1f} %, {speed:.0f} images/s"
+            )
+
+    def epoch(self, row: Mapping, epochs: int) -> None:
+        if self.bar.disable and not self.quiet:
+            print(
+                f"{self.title}: epoch {row['epoch']}/{epochs}, loss {row['loss']:.3f}, top-1 "
+                f"(train) {row['top1_train']:.1f} %",
+                flush=True,
+            )
+
+
+def write_log(folder: Path, log: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, log[0].keys())
+    writer.writeheader()
+    writer.writerows(log)
+    write(folder / "log.csv", text.getvalue())
+
+
+def mirror(logger: Mapping, config: dict, folder: Path) -> Callable[[dict], None]:
+    """Where an epoch's row is mirrored to. wandb is imported only here, and works offline without a
+    key."""
+    if logger["name"] == "none":
+        return lambda row: None
+    import wandb
+
+    mode = logger["mode"] or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    run = wandb.init(
+        project=logger["project"],
+        entity=logger["entity"],
+        mode=mode,
+        config=config,
+        name=folder.name,
+        dir=folder,
+        reinit="create_new",
+    )
+    return lambda row: run.log(row, step=row["epoch"])
+
+
+def describe(model: nn.Module) -> str:
+    """What a method touches and trains, a line a site."""
+    placed, lines = tuners(model), []
+    for path, tuner in placed.items():
+        own = own_parameters(tuner).items()
+        shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in own)
+        lines.append(f"  {path:28} {type(tuner).__name__:14} {shapes}")
+    added = {id(p) for tuner in placed.values() for p in own_parameters(tuner).values()}
+    others = [
+        (name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in added
+    ]
+    lines += [f"  {name:28} {'trains':14} {tuple(p.shape)}" for name, p in others[:40]]
+    if len(others) > 40:
+        lines.append(f"  ... and {len(others) - 40} more that train")
+    counts = count(model)
+    share = 100 * counts["tuned"] / counts["backbone"]
+    lines.append(
+        f"tuned {counts['tuned']:,} ({share:.2f} % of the backbone's {counts['backbone']:,}), "
+        f"head {counts['head']:,}"
+    )
+    return "\n".join(lines)
