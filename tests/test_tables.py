@@ -1,0 +1,260 @@
+"""Tables and plots of records: what they show, and what they refuse."""
+
+import copy
+import json
+import math
+import statistics
+
+import pytest
+
+from peft import record as records
+from scripts import tabulate
+from scripts.plot import accuracy_plot
+
+
+def record(method="rlrr", task="digits", seed=42, top1=70.0, group="natural", **changes) -> dict:
+    """A whole final record; `changes` are paths with __ for the dot."""
+    config = {
+        "phase": "final",
+        "seed": seed,
+        "data_seed": 0,
+        "image_size": 56,
+        "precision": "fp32",
+        "weights": None,
+        "preset": {"name": "mini"},
+        "backbone": {"name": "tiny_vit"},
+        "optim": {"epochs": 4, "lr": 1e-3},
+        "method": {"name": method},
+        "dataset": {"name": task, "suite": "mini", "title": task.capitalize(), "num_classes": 10},
+        "protocol": {"name": "mini", "selection": "last"},
+    }
+    made = {
+        "phase": "final",
+        "config": config,
+        "suite": "mini",
+        "task": task,
+        "group": group,
+        "backbone": "tiny_vit",
+        "method": method,
+        "variant": "",
+        "seed": seed,
+        "protocol": "mini",
+        "selection": "last",
+        "trained_on": "train800val200",
+        "selected_from": [],
+        "metrics": {"top1_last": top1, "loss_last": 0.5},
+        "tuned_params": 10 * len(method),
+        "head_params": 110,
+        "seconds": 1.0,
+        "images_per_second": 9.0,
+        "peak_memory_bytes": 1,
+        "device": "cpu",
+        "provenance": {
+            "git_commit": None,
+            "git_dirty": None,
+            "versions": {},
+            "weights": "vit.npz",
+            "weights_sha256": "a",
+            "data_sha256": {"test": "b"},
+            "pixels": "native",
+            "kernel": "bicubic",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "precision": "fp32",
+        },
+    }
+    for path, value in changes.items():
+        *parents, leaf = path.split("__")
+        node = made
+        for part in parents:
+            node = node[part]
+        node[leaf] = value
+    return made | {"key": records.key_of(config)}
+
+
+def suite(seeds=(42, 44, 82)) -> list[dict]:
+    tasks = {"digits": "natural", "textures": "natural", "location": "structured"}
+    return [
+        record(method, task, seed, 40 + 7 * m + 3 * t + s * s, group)
+        for m, method in enumerate(("linear", "rlrr", "ssf"))
+        for t, (task, group) in enumerate(tasks.items())
+        for s, seed in enumerate(seeds)
+    ]
+
+
+def test_every_cell_is_the_mean_and_deviation_over_seeds():
+    frame = tabulate.table(suite()).set_index("Method")
+    assert list(frame.index) == ["ssf", "rlrr", "linear"]  # by tuned parameters
+    for m, method in enumerate(("linear", "rlrr", "ssf")):
+        for t, task in enumerate(("Digits", "Textures", "Location")):
+            values = [40 + 7 * m + 3 * t + s * s for s in range(3)]
+            expected = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+            assert frame.loc[method, task] == expected
+    assert frame.loc["rlrr", "Tuned (M)"] == "0.000" and frame.loc["rlrr", "Seeds"] == "3"
+
+
+def test_both_means():
+    frame = tabulate.table(suite()).set_index("Method")
+    digits, textures, location = (47 + 3 * t + 5 / 3 for t in range(3))
+    std = statistics.stdev([0, 1, 4])
+    row = frame.loc["rlrr"]
+    natural = (digits + textures) / 2
+    assert row["Mean natural"] == f"{natural:.2f} ± {std / math.sqrt(2):.2f}"
+    assert row["Mean of 3 tasks"].startswith(f"{(digits + textures + location) / 3:.2f} ± ")
+    of_groups = math.sqrt((std**2 / 2 + std**2) / 4)
+    assert row["Mean of 2 groups"] == f"{(natural + location) / 2:.2f} ± {of_groups:.2f}"
+
+
+def test_one_seed_has_no_deviation_and_a_missing_cell_no_mean():
+    found = [r for r in suite(seeds=(42,)) if (r["method"], r["task"]) != ("ssf", "digits")]
+    frame = tabulate.table(found).set_index("Method")
+    assert frame.loc["rlrr", "Digits"] == "47.0"
+    row = frame.loc["ssf"]
+    assert row["Digits"] == row["Mean natural"] == row["Mean of 3 tasks"] == tabulate.DASH
+    assert row["Mean structured"] == "60.00"
+
+
+def test_order_of_records_does_not_matter():
+    found = suite()
+    assert tabulate.markdown(tabulate.table(found)) == tabulate.markdown(
+        tabulate.table(found[::-1])
+    )
+
+
+def test_grid_runs_are_not_shown():
+    grid = record("lora", metrics={"top1_val": 99.0, "loss_last": 0.1}, phase="grid")
+    assert "99.0" not in tabulate.markdown(tabulate.table([*suite(), grid]))
+    with pytest.raises(ValueError, match="no final run"):
+        tabulate.table([grid])
+
+
+def test_peeking_rows_are_marked_and_do_not_compete():
+    peek = {"top1_last": 80.0, "top1_best": 90.0, "loss_last": 0.5}
+    marked = record("peeking", selection="best_on_test", protocol="vtab_peek", metrics=peek)
+    frame = tabulate.table([*suite(), marked])
+    text = tabulate.markdown(frame)
+    (line,) = (line for line in text.splitlines() if "peeking†" in line)
+    assert "| 90.0 |" in line and "best epoch on the test set" in text
+    assert "**" not in line  # not best although highest
+    alone = tabulate.markdown(tabulate.table([marked, marked | {"method": "b", "key": "0"}]))
+    assert "**90.0**" in alone  # among its likes it may be
+
+
+def test_best_and_second_are_marked():
+    text = tabulate.markdown(tabulate.table(suite()))
+    assert "**55.7 ± 2.1**" in text and "<u>48.7 ± 2.1</u>" in text and "**41.7" not in text
+
+
+def test_suites_are_not_averaged_together():
+    others = [record(task=t, suite="vtab", group="natural") for t in ("dtd", "svhn")]
+    for other in others:
+        other["config"]["dataset"]["suite"] = "vtab"
+        other["key"] = records.key_of(other["config"])
+    frame = tabulate.table([*suite((42,)), *others])
+    assert "Mean of 3 mini tasks" in frame and "Mean of 2 vtab tasks" in frame
+    assert not any("5" in name for name in frame if name.startswith("Mean"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"protocol": "vtab_honest"}, "differ in protocol: mini .+ vtab_honest .+ --protocol"),
+        ({"config__optim__epochs": 100}, "differ in config.optim.epochs: 4 .+ 100"),
+        ({"provenance__weights_sha256": "c"}, "differ in provenance.weights_sha256"),
+        ({"provenance__pixels": "jpeg75"}, "differ in provenance.pixels: native .+ jpeg75"),
+        ({"seed": 42, "config__optim__lr": 1e-2}, "Two runs of rlrr on digits have seed 42"),
+    ],
+)
+def test_what_is_never_averaged(changes, reason):
+    odd = record(**({"seed": 44} | changes))
+    with pytest.raises(ValueError, match=reason):
+        tabulate.table([record(), odd])
+
+
+def test_an_untrained_backbone_differs_with_the_seed():
+    runs = [
+        record(seed=s, provenance__weights="random", provenance__weights_sha256=str(s))
+        for s in (1, 2)
+    ]
+    assert tabulate.table(runs).loc[0, "Seeds"] == "2"
+
+
+def test_the_same_run_twice():
+    with pytest.raises(ValueError, match="are the same run"):
+        tabulate.table([record(), copy.deepcopy(record())])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"metrics": {"top1_last": math.nan, "loss_last": 1.0}}, "top1_last=nan"),
+        ({"metrics": {"top1_last": 101.0, "loss_last": 1.0}}, "top1_last=101"),
+        ({"metrics": {"top1_last": "70", "loss_last": 1.0}}, "top1_last=70"),
+        ({"metrics": {"loss_last": 1.0}}, "without top1_last"),
+        ({"selection": "best_on_test"}, "without top1_best"),
+        ({"tuned_params": math.nan}, "tuned_params=nan"),
+        ({"head_params": 1.5}, "head_params=1.5"),
+    ],
+)
+def test_impossible_figures(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        tabulate.table([record(**changes)])
+
+
+def test_missing_field_is_named():
+    broken = record()
+    del broken["tuned_params"]
+    with pytest.raises(ValueError, match="lacks tuned_params"):
+        tabulate.table([broken])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for r in suite():
+        run = tmp_path / "runs" / r["task"] / f"{r['method']}-s{r['seed']}"
+        run.mkdir(parents=True)
+        records.write(run / "record.json", r)
+    return tmp_path / "runs"
+
+
+def test_command_writes_table_and_plots(folder, capsys):
+    out, png, svg = (folder / "tables" / name for name in ("t.md", "t.png", "t.svg"))
+    tabulate.main([str(folder), "--out", str(out), "--plot", str(png)])
+    assert out.read_text().strip() in capsys.readouterr().out
+    first = png.read_bytes()
+    tabulate.main([str(folder), "--out", str(out), "--plot", str(svg)])
+    accuracy_plot(tabulate.collect(folder), png)
+    assert png.read_bytes() == first, "the same records draw the same bytes"
+    assert "<svg" in svg.read_text() and sorted(p.name for p in out.parent.iterdir()) == [
+        "t.md", "t.png", "t.svg",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"neither \.png nor \.svg"):
+        accuracy_plot(tabulate.collect(folder), folder / "t.jpg")
+
+
+@pytest.mark.parametrize("damage", ["cut", "nan", "key", "field"])
+def test_bad_file_is_named(folder, damage):
+    path = folder / "digits" / "rlrr-s44" / "record.json"
+    text = path.read_text()
+    broken = json.loads(text)
+    if damage == "cut":
+        text = text[:100]
+    elif damage == "nan":
+        text = text.replace('"loss_last": 0.5', '"loss_last": NaN')
+    elif damage == "key":
+        broken["config"]["optim"]["lr"] = 1
+        text = json.dumps(broken)
+    else:
+        del broken["seconds"]
+        text = json.dumps(broken)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"digits/rlrr-s44/record\.json"):
+        tabulate.main([str(folder)])
+
+
+def test_empty_folder_and_unknown_protocol(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no record\.json below .+make demo"):
+        tabulate.main([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="'vtab_peek'; there is mini"):
+        tabulate.main([str(folder), "--protocol", "vtab_peek"])

@@ -1,0 +1,333 @@
+"""One run, end to end, on a tiny backbone and made-up images: its record, its bits, its
+interruption, its number again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import peft
+import train
+from peft import record as records
+from peft.config import compose
+
+ROOT = Path(train.__file__).parent
+TINY = [
+    "backbone=tiny_vit",
+    "dataset=fake",
+    "image_size=32",
+    "optim.epochs=2",
+    "optim.batch_size=16",
+    "device=cpu",
+    "workers=0",
+]
+
+
+def config(tmp_path: Path, *overrides: str):
+    return compose(
+        "train", [*TINY, f"runs_dir={tmp_path}/runs", f"data_root={tmp_path}/data", *overrides]
+    )
+
+
+def folder(tmp_path: Path) -> Path:
+    (found,) = tmp_path.glob("runs/fake/fake/*")
+    return found
+
+
+def done(tmp_path: Path) -> dict:
+    return records.read(folder(tmp_path) / "record.json")
+
+
+def test_the_record_is_whole(tmp_path):
+    train.run(config(tmp_path))
+    record = done(tmp_path)
+    assert set(record) == set(records.FIELDS)
+    assert (
+        set(record["metrics"]) == {"top1_last", "loss_last"}
+        and record["trained_on"] == "train800val200"
+    )
+    assert record["tuned_params"] == 31 * 64 * 6 + 4 * 64 and record["head_params"] == 65 * 4
+    assert str(tmp_path) not in json.dumps(record), "a record holds no path of the machine"
+    assert sorted(f.name for f in folder(tmp_path).iterdir()) == [
+        "adapter.safetensors",
+        "log.csv",
+        "record.json",
+    ]
+
+
+def test_the_variant_names_what_differs_from_the_yaml(tmp_path):
+    train.run(config(tmp_path, "method=lora", "method.rank=2", "method.alpha=2"))
+    record = done(tmp_path)
+    assert record["variant"] == "alpha=2,rank=2"
+    assert set(record["config"]["method"]) == {
+        *["name", "rank", "alpha", "dropout"],
+        "placements",
+        "trainable",
+    }
+    assert record["tuned_params"] == 4 * 2 * 64 * 6
+
+
+def test_a_grid_run_sees_no_test_image(tmp_path):
+    train.run(config(tmp_path, "phase=grid"))
+    record = done(tmp_path)
+    assert (
+        set(record["metrics"]) == {"top1_val", "loss_last"} and record["trained_on"] == "train800"
+    )
+    assert set(record["provenance"]["data_sha256"]) == {"train800", "val200"}
+
+
+def test_peeking_is_recorded_beside_the_last_epoch(tmp_path):
+    train.run(
+        config(
+            tmp_path,
+            "protocol=vtab_peek",
+            "optim.epochs=3",
+            "optim.warmup_epochs=1",
+            "image_size=32",
+        )
+    )
+    record = done(tmp_path)
+    assert (
+        record["selection"] == "best_on_test"
+        and record["metrics"]["top1_best"] >= record["metrics"]["top1_last"]
+    )
+
+
+def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.run(config(tmp_path / name, f"seed={seed}", "method.dropout=0.1", "method=lora"))
+    a, b, c = (load_file(folder(tmp_path / name) / "adapter.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    assert done(tmp_path / "a")["metrics"] == done(tmp_path / "b")["metrics"]
+
+
+@pytest.mark.parametrize("at", [3, 10, 13])
+def test_a_crash_resumes_to_the_same_bits(tmp_path, monkeypatch, at):
+    choice = ["method=lora", "method.dropout=0.1", "optim.epochs=3", "checkpoint_seconds=0"]
+    train.run(config(tmp_path / "whole", *choice))
+    real, steps = train.learning_rate, []
+
+    def crash(step: int, *rest):
+        steps.append(step)
+        if step == at:
+            raise RuntimeError("the power went out")
+        return real(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", crash)
+    with pytest.raises(RuntimeError, match="power"):
+        train.run(config(tmp_path / "cut", *choice))
+    assert (
+        json.loads((folder(tmp_path / "cut") / "failure.json").read_text())["reason"]
+        == "the power went out"
+    )
+    steps.clear()
+    monkeypatch.setattr(
+        train, "learning_rate", lambda step, *rest: (steps.append(step), real(step, *rest))[1]
+    )
+    train.run(config(tmp_path / "cut", *choice))
+    assert steps[0] == at, "it began again instead of going on"
+    whole, cut = folder(tmp_path / "whole"), folder(tmp_path / "cut")
+    assert (whole / "adapter.safetensors").read_bytes() == (
+        cut / "adapter.safetensors"
+    ).read_bytes()
+    assert (whole / "log.csv").read_text() == (cut / "log.csv").read_text()
+    assert done(tmp_path / "whole")["metrics"] == done(tmp_path / "cut")["metrics"]
+    assert not (cut / "failure.json").exists() and not (cut / "state.pt").exists()
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, capsys):
+    first = train.run(config(tmp_path))
+    stamp = (folder(tmp_path) / "record.json").stat().st_mtime_ns
+    assert train.run(config(tmp_path, "workers=1", "checkpoint_seconds=5")) == first
+    assert (
+        folder(tmp_path) / "record.json"
+    ).stat().st_mtime_ns == stamp and "already done" in capsys.readouterr().out
+    train.run(config(tmp_path, "force=true"))
+    assert (folder(tmp_path) / "record.json").stat().st_mtime_ns != stamp
+
+
+def test_linear_probing_from_cached_features_is_the_long_way(tmp_path, monkeypatch):
+    train.run(config(tmp_path / "short", "method=linear"))
+    monkeypatch.setattr(
+        train, "cached_features", lambda model, batches, scored, autocast: (model, batches, scored)
+    )
+    train.run(config(tmp_path / "long", "method=linear"))
+    short, long = (
+        load_file(folder(tmp_path / name) / "adapter.safetensors") for name in ("short", "long")
+    )
+    assert set(short) == {"head.weight", "head.bias"} == set(long)
+    torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-4)
+    assert (
+        done(tmp_path / "short")["metrics"]["top1_last"]
+        == done(tmp_path / "long")["metrics"]["top1_last"]
+    )
+
+
+def test_it_learns(tmp_path):
+    top1 = train.run(config(tmp_path, "method=full", "optim.epochs=6"))
+    assert top1 > 50, "four classes: chance is 25 %"
+
+
+def test_a_loss_that_is_no_number_says_what_to_do(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"optim.lr=1e\+12.*smaller"):
+        train.run(config(tmp_path, "method=full", "optim.lr=1e12"))
+    assert (
+        "FloatingPointError"
+        in json.loads((folder(tmp_path) / "failure.json").read_text())["traceback"]
+    )
+
+
+def test_eval_reproduces_merges_and_exports(tmp_path, capsys):
+    top1 = train.run(config(tmp_path))
+    here = [f"data_root={tmp_path}/data", "device=cpu", "workers=0"]
+    again = evaluation.run(
+        compose(
+            "eval",
+            [f"run={folder(tmp_path)}", "merged=true", f"export={tmp_path}/m.safetensors", *here],
+        )
+    )
+    said = capsys.readouterr().out
+    assert again == top1 and "reproduced" in said
+    exported = load_file(tmp_path / "m.safetensors")
+    bare = timm.create_model("test_vit", depth=6, mlp_ratio=4, dynamic_img_size=True, num_classes=4)
+    bare.load_state_dict(exported)  # strict: exactly timm's keys
+    x = torch.randn(4, 3, 32, 32)
+    _, cfg = evaluation.restore(folder(tmp_path), compose("eval", here))
+    model = evaluation.model_of(cfg, torch.device("cpu"))
+    peft.load_adapter_state(model, load_file(folder(tmp_path) / "adapter.safetensors"))
+    torch.testing.assert_close(bare.eval()(x), model.eval()(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(FileNotFoundError, match=r"no run finished.*beside it"):
+        evaluation.run(compose("eval", [f"run={folder(tmp_path)}x", *here]))
+
+
+def test_an_adapter_of_another_method_lists_every_mismatch(tmp_path):
+    lora, ssf = (peft.create("tiny_vit", name, num_classes=4) for name in ("lora", "ssf"))
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)\d+ places.*missing blocks.0.attn.qkv.gamma.*unexpected blocks.0.attn.qkv.down",
+    ):
+        peft.load_adapter_state(ssf, peft.adapter_state(lora))
+    with pytest.raises(ValueError, match=r"\(1?\d*, ?64\) in the file"):
+        peft.load_adapter_state(
+            peft.create("tiny_vit", "linear", num_classes=7),
+            peft.adapter_state(peft.create("tiny_vit", num_classes=4)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "cut off or edited"),
+        (lambda text: text.replace('"seed": 42', '"seed": 43'), "edited: its key"),
+        (lambda text: text.replace('"tuned_params"', '"tuned"'), "lacks tuned_params"),
+        (lambda text: text.replace('"loss_last": ', '"loss_last": NaN, "x": '), "no numbers"),
+    ],
+)
+def test_a_spoilt_record_is_refused_and_named(tmp_path, spoil, message):
+    train.run(config(tmp_path, "optim.epochs=1"))
+    path = folder(tmp_path) / "record.json"
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(ValueError, match=f"(?s)record.json.*{message}"):
+        train.run(config(tmp_path, "optim.epochs=1"))
+
+
+def test_identity_ignores_the_machine_and_sees_the_rest(tmp_path):
+    def key(*overrides: str) -> str:
+        return records.key_of(
+            records.portable(train.configuration.plain(config(tmp_path, *overrides)))
+        )
+
+    same = key()
+    assert (
+        key(
+            "workers=3",
+            "device=cuda",
+            "runs_dir=/elsewhere",
+            "logger=wandb",
+            "checkpoint_seconds=1",
+            "force=true",
+        )
+        == same
+    )
+    changed = [
+        "seed=1",
+        "data_seed=1",
+        "phase=grid",
+        "optim.lr=1",
+        "method=ssf",
+        "image_size=48",
+        "precision=fp32",
+        "protocol.final.train_on=train800",
+    ]
+    assert len({same, *(key(change) for change in changed)}) == 1 + len(changed)
+
+
+def run_command(tmp_path: Path, *arguments: str, **kwargs) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "train.py",
+        *TINY,
+        f"runs_dir={tmp_path}/runs",
+        f"data_root={tmp_path}/data",
+        *arguments,
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("method=rlr", "error: there is no method 'rlr'; did you mean rlrr"),
+        ("optim.lrr=1", "error: there is no key 'optim.lrr'; did you mean lr"),
+        (
+            "image_size=30",
+            "error: image_size=30 is no multiple of the patch size 16; the nearest are 16 and 32",
+        ),
+    ],
+)
+def test_a_typo_is_one_paragraph_and_exit_status_1(tmp_path, argument, message):
+    out, err = (process := run_command(tmp_path, argument)).communicate(timeout=120)
+    assert process.returncode == 1 and err.startswith(message) and "Traceback" not in err + out
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    process = run_command(tmp_path, "optim.epochs=100", "method=full")
+    for line in process.stdout:
+        if "epoch 2/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from the last checkpoint" in err, err
+    assert (folder(tmp_path) / "state.pt").is_file() and not (
+        folder(tmp_path) / "record.json"
+    ).exists()
+    process = run_command(tmp_path, "optim.epochs=100", "method=full")
+    assert "going on from step" in process.stdout.readline()
+    process.kill()
+    process.communicate()
+
+
+def test_wandb_mirrors_offline(tmp_path):
+    settings = {**os.environ, "WANDB_SILENT": "true"}
+    settings.pop("WANDB_API_KEY", None)
+    _, err = (
+        process := run_command(tmp_path, "logger=wandb", "optim.epochs=1", env=settings)
+    ).communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert list(folder(tmp_path).glob("wandb/offline-run-*")) and done(tmp_path)["metrics"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    with pytest.raises(OSError, match=r"cannot write to .*runs_dir=FOLDER"):
+        train.run(config(tmp_path))
