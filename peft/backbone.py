@@ -74,7 +74,8 @@ def build_backbone(
     """
     if image_size is not None and (image_size < smallest or image_size % patch):
         below = max(image_size // patch, -(-smallest // patch)) * patch
-        takes = f"multiples of {patch} from {smallest} on" if patch > 1 else f"{smallest} or more"
+        takes = f"multiples of {patch}" if patch > 1 else f"{smallest} or more"
+        takes += f" from {smallest} on" if patch > 1 and smallest > patch else ""
         raise ValueError(
             f"image_size={image_size} does not fit this backbone, which takes {takes}; "
             f"the nearest are {below} and {below + patch}"

@@ -30,7 +30,10 @@ from peft.hadamard import Projection
 class SuperLoRA(WeightTuner):
     def __init__(self, base: nn.Module, groups: Groups, start: int):
         super().__init__(base)
-        self.groups, self.start = groups, start  # every tuner holds the same groups
+        # Every tuner holds the same parameters, in modules of its own: `functional_call` puts other
+        # tensors into a module that has two names twice, and then cannot undo it.
+        shared = {id(p): p for p in groups.parameters()}
+        self.groups, self.start = copy.deepcopy(groups, shared), start
 
     @classmethod
     def over(cls, bases: Mapping[str, nn.Module], **hparams) -> dict[str, Tuner]:

@@ -291,7 +291,8 @@ def run_command(tmp_path: Path, *arguments: str, **kwargs) -> subprocess.Popen:
         ("optim.lrr=1", "error: there is no key 'optim.lrr'; did you mean lr"),
         (
             "image_size=30",
-            "error: image_size=30 is no multiple of the patch size 16; the nearest are 16 and 32",
+            "error: image_size=30 does not fit this backbone, which takes multiples of 16; "
+            "the nearest are 16 and 32",
         ),
     ],
 )
