@@ -6,8 +6,7 @@ One panel per task, one line per method: a small dot for every seed, a large one
 that a spread is seen and not only stated.
 """
 
-import io
-import os
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from scripts import figures
+from scripts.figures import BLUE, DAGGER, ORANGE, STYLE, save
 from scripts.tabulate import (
-    DAGGER,
     DASH,
     Cell,
     cells,
@@ -29,19 +29,6 @@ from scripts.tabulate import (
     text_of,
     title_of,
 )
-
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"  # of Okabe and Ito: told apart by every eye
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.color": GREY,
-    "xtick.labelcolor": "black",
-    "svg.hashsalt": "visual-peft-bench",  # the same figure gives the same bytes
-}
 
 
 def accuracy_plot(found: Iterable[dict], path: str | Path) -> None:
@@ -107,17 +94,68 @@ def _panel(axis: Axes, column: Sequence[Cell | None]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure without dates or versions in it, in one step."""
-    metadata = {"Software": None} if path.suffix == ".png" else {"Date": None, "Creator": None}
-    if path.suffix not in {".png", ".svg"}:
-        raise ValueError(f"{path} is neither .png nor .svg.")
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=160, metadata=metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.getvalue())
-    os.replace(part, path)
+def heat_map(found: Iterable[dict], path: str | Path) -> None:
+    """Draws the validation accuracy of grid runs over learning rate × weight decay, a panel for
+    every method and task, and marks the point that their final runs took. Where a grid varies more
+    than these two, a field shows the best of what it stands for.
+
+    Raises ValueError where there is no grid run, and for a `path` neither .png nor .svg.
+    """
+    save(figures.heat_maps(*_maps(list(found))), Path(path))
+
+
+def _maps(found: Sequence[dict]) -> tuple[list[list[figures.Map]], str, str, str]:
+    grid = {record["key"]: record for record in found if record["phase"] == "grid"}
+    if not grid:
+        raise ValueError("There is no grid run to draw; only sweeps with a grid leave them.")
+    panels: dict[tuple, tuple[list[dict], list[dict]]] = {}  # the tried, and who chose from them
+    left = dict(grid)
+    for final in found:
+        tried = [grid[key] for key in final["selected_from"] if key in grid]
+        if final["phase"] == "final" and tried:
+            name = *_row(final), _column(final)
+            panels.setdefault(name, (tried, []))[1].append(final)
+            for record in tried:
+                left.pop(record["key"], None)
+    for record in left.values():  # nobody has chosen yet
+        panels.setdefault((*_row(record), _column(record)), ([], []))[0].append(record)
+    several = [len({name[part] for name in panels}) > 1 for part in range(3)]
+    groups: dict[tuple, list[figures.Map]] = {}
+    folded = False
+    for name in sorted(panels, key=lambda name: (name[:3], column_order(name[3]))):
+        tried, finals = panels[name]
+        scores: dict[tuple[float, float], float] = {}
+        for record in tried:
+            place, score = _point(record), record["metrics"]["top1_val"]
+            folded |= place in scores
+            scores[place] = max(score, scores.get(place, -math.inf))
+        title = tried[0]["config"]["dataset"].get("title") or tried[0]["task"]
+        row = ", ".join(part for part, many in zip(name, several) if many and part)
+        groups.setdefault(name[:3], []).append(
+            figures.Map(
+                f"{title}\n{row}" if row else title,
+                sorted({x for _, x in scores}),
+                sorted({y for y, _ in scores}),
+                scores,
+                {_point(final) for final in finals} & scores.keys(),
+            )
+        )
+    note = "top-1 accuracy on the validation split, percent; ★ chosen"
+    if folded:
+        note += "; each field the best over the other values tried"
+    return [*groups.values()], "learning rate", "weight decay", note
+
+
+def _row(record: dict) -> tuple[str, str, str]:
+    return record["method"], record["variant"], record["backbone"]
+
+
+def _column(record: dict) -> tuple[str, str, str]:
+    return record["suite"], record["group"], record["task"]
+
+
+def _point(record: dict) -> tuple[float, float]:
+    return record["config"]["optim"]["weight_decay"], record["config"]["optim"]["lr"]
 
 
 def main(arguments: Sequence[str]) -> None:
