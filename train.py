@@ -311,8 +311,8 @@ def fit(
     """
     cfg, device = runs[0].cfg, batches.device
     optim, optims = cfg.optim, [run.cfg.optim for run in runs]
-    epochs, per_epoch = int(optim.epochs), len(batches)
-    total = epochs * per_epoch
+    per_epoch = len(batches)
+    total = length(optim, per_epoch)
     torch.manual_seed(cfg.seed + 1)  # dropout, apart from initialisation
     optimizer = make_optimizer(pack, optims)
     scaler = torch.amp.GradScaler(
@@ -367,6 +367,8 @@ def fit(
                 history.sums += news.double()
                 history.step += 1
                 progress.step(history.sums)
+                if history.step == total:
+                    break
                 if history.step % per_epoch:
                     pause()
             for k, (loss_sum, right_sum, seen) in zip(
@@ -394,7 +396,7 @@ def fit(
                 history.logs[k].append(row)
                 write_log(runs[k].folder, history.logs[k])
                 mirrors[k](row)
-                progress.epoch(row, epochs)
+                progress.epoch(row, math.ceil(total / per_epoch))
             history.sums = torch.zeros_like(history.sums[: len(pack.members)])
             # after the last batch of an epoch only here: a checkpoint must hold the row, too
             pause()
@@ -402,10 +404,15 @@ def fit(
     return history
 
 
+def length(optim: DictConfig, per_epoch: int) -> int:
+    """Optimiser steps of a run: `optim.steps`, or else those of its epochs."""
+    return int(optim.steps or int(optim.epochs) * per_epoch)
+
+
 def learning_rate(step: int, per_epoch: int, optim: DictConfig) -> float:
     """Linear warm-up from 0, then a cosine to `min_lr` at the last step; a pure function of the
     step."""
-    total, warmup = optim.epochs * per_epoch, optim.warmup_epochs * per_epoch
+    total, warmup = length(optim, per_epoch), optim.warmup_epochs * per_epoch
     if step < warmup:
         return optim.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)

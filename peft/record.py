@@ -5,6 +5,7 @@ records. `key` is the sha256 of the canonical JSON of the run's identity: what c
 numbers, never where or with what it was watched.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -19,7 +20,9 @@ from pathlib import Path
 # Keys that came into the configuration after the first records, with the default under which
 # nothing changed: they enter the identity only when they differ from it, so that older records are
 # still found.
-ADDED_LATER: dict[str, object] = {}
+ADDED_LATER: dict[str, object] = {
+    "optim.steps": None,
+}
 
 MACHINE = {
     "device",
@@ -97,7 +100,7 @@ def hyperparameters(method: Mapping) -> dict:
 def identity(config: Mapping) -> dict:
     """What a run is, from its portable configuration."""
     kept = {
-        key: config[key]
+        key: copy.deepcopy(config[key])  # keys are taken out of it below
         for key in (
             "phase",
             "seed",

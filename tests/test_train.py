@@ -144,6 +144,27 @@ def test_a_crash_resumes_to_the_same_bits(tmp_path, monkeypatch, at):
     assert not (cut / "failure.json").exists() and not (cut / "state.pt").exists()
 
 
+def test_steps_instead_of_epochs(tmp_path):
+    """The fake set has 5 batches of 16 an epoch: 7 steps are two of them more than one."""
+    train.run(config(tmp_path, "optim.steps=7"))
+    log = [line.split(",") for line in (folder(tmp_path) / "log.csv").read_text().split()]
+    assert [row[log[0].index("images")] for row in log[1:]] == ["80", "32"]
+    epochs, steps = config(tmp_path, "optim.epochs=3"), config(tmp_path, "optim.steps=15")
+    rates = [train.learning_rate(step, 5, epochs.optim) for step in range(15)]
+    assert rates == [train.learning_rate(step, 5, steps.optim) for step in range(15)]
+    assert rates[0] < max(rates) == rates[2] > rates[-2] > rates[-1]
+
+
+def test_a_key_added_later_leaves_older_keys_alone(tmp_path):
+    """The identity of a run of before is that of today's default."""
+    now = records.portable(train.configuration.plain(config(tmp_path)))
+    before = json.loads(json.dumps(now))
+    for path in records.ADDED_LATER:
+        group, _, leaf = path.rpartition(".")
+        del before[group][leaf]
+    assert records.key_of(now) == records.key_of(before) and "steps" in now["optim"]
+
+
 def test_a_finished_run_is_not_repeated(tmp_path, capsys):
     first = train.run(config(tmp_path))
     stamp = (folder(tmp_path) / "record.json").stat().st_mtime_ns
