@@ -6,6 +6,7 @@ numbers, never where or with what it was watched.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -68,8 +69,13 @@ def portable(config: Mapping) -> dict:
     backbone's family, and `weights` as the digest of the file: enough to run the same elsewhere."""
     config = {key: value for key, value in config.items() if key not in MACHINE}
     if config.get("weights"):
-        digest = hashlib.sha256(Path(config["weights"]).read_bytes()).hexdigest()
-        config["weights"] = f"sha256:{digest}"
+        path = Path(config["weights"])
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"weights={path} is not there: name a checkpoint in its original format (.npz, "
+                ".pth, .pth.tar or .safetensors)"
+            )
+        config["weights"] = f"sha256:{_digest(path, path.stat().st_mtime_ns)}"
     backbone, method = config["backbone"], config["method"]
     loading = {"weights", "original", "unused", "accepts", "smallest", "patch", "sites"}
     config["backbone"] = {k: v for k, v in backbone.items() if k not in loading}
@@ -82,6 +88,16 @@ def portable(config: Mapping) -> dict:
         "trainable": method["trainable"],
     }
     return config
+
+
+@functools.lru_cache
+def _digest(path: Path, mtime_ns: int) -> str:
+    """sha256 of a file, read once per process and version of the file: a sweep asks often."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def hyperparameters(method: Mapping) -> dict:

@@ -315,6 +315,7 @@ def run_command(tmp_path: Path, *arguments: str, **kwargs) -> subprocess.Popen:
             "error: image_size=30 does not fit this backbone, which takes multiples of 16; "
             "the nearest are 16 and 32",
         ),
+        ("weights=nowhere.npz", "error: weights=nowhere.npz is not there: name a checkpoint"),
     ],
 )
 def test_a_typo_is_one_paragraph_and_exit_status_1(tmp_path, argument, message):
