@@ -1,27 +1,39 @@
-"""Plots of our own runs, from their records alone.
+"""Plots of our own runs, from their records alone, and of the papers' numbers beside them.
 
-    python -m scripts.plot RUNS_DIR FILE.png|FILE.svg
+    python -m scripts.plot KIND [RUNS_DIR] [--out FILE.png|FILE.svg] [--published PAPER/TABLE]
+                                [--protocol NAME] [--over KEY]
 
-One panel per task, one line per method: a small dot for every seed, a large one for their mean, so
-that a spread is seen and not only stated.
+KIND   params      accuracy against tuned parameters, with the Pareto front
+       memory      accuracy against the peak memory of training
+       time        accuracy against the time of training
+       heatmap     validation accuracy over learning rate and weight decay, with the chosen point
+       ablation    accuracy over one hyper-parameter of a method: rank, experts, layers, location,
+                   groups or any other that varies (--over KEY: that one alone)
+       ranks       critical-difference diagram of the methods over the tasks
+       seeds       every seed of every method and task, with mean and deviation
+       published   ours beside the published, row by row (needs --published)
+
+RUNS_DIR is results/records unless given. Without --out both KIND.png and KIND.svg are written, into
+results/tables for the committed records and into RUNS_DIR for others.
 """
 
+import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scripts import figures
-from scripts.figures import BLUE, DAGGER, ORANGE, STYLE, save
+from scripts.compare import Grid, ablation, column_of, cost, final_cells, ranking, row_of
+from scripts.figures import BLUE, DAGGER, ORANGE, save
 from scripts.tabulate import (
     DASH,
+    PUBLISHED,
     Cell,
-    cells,
     collect,
     column_order,
     peeks,
@@ -30,20 +42,32 @@ from scripts.tabulate import (
     title_of,
 )
 
+RECORDS, TABLES = PUBLISHED.parent / "records", PUBLISHED.parent / "tables"
+
 
 def accuracy_plot(found: Iterable[dict], path: str | Path) -> None:
     """Draws the test accuracy of every final run into `path` (.png or .svg), atomically.
 
     Raises ValueError as `tabulate.cells` does, and where there is no final run.
     """
-    grid = cells(found)
-    if not grid:
-        raise ValueError("There is no final run to draw; only final runs have a test accuracy.")
-    with matplotlib.rc_context(STYLE):
-        save(_accuracies(grid), Path(path))
+    save(seeds(found), Path(path))
 
 
-def _accuracies(grid: dict[tuple, dict[tuple, Cell]]) -> Figure:
+def heat_map(found: Iterable[dict], path: str | Path) -> None:
+    """Draws the validation accuracy of grid runs over learning rate × weight decay, a panel for
+    every method and task, and marks the point that their final runs took. Where a grid varies more
+    than these two, a field shows the best of what it stands for.
+
+    Raises ValueError where there is no grid run, and for a `path` neither .png nor .svg.
+    """
+    save(heatmap(list(found)), Path(path))
+
+
+@figures.styled
+def seeds(found: Iterable[dict]) -> Figure:
+    """One panel per task, one line per row: a small dot for every seed, a large one for their mean,
+    so that a spread is seen and not only stated."""
+    grid = final_cells(found)
     columns = sorted({column for row in grid.values() for column in row}, key=column_order)
     rows = row_order(grid)
     across = min(4, len(columns))
@@ -59,13 +83,13 @@ def _accuracies(grid: dict[tuple, dict[tuple, Cell]]) -> Figure:
         classes = some.record["config"]["dataset"]["num_classes"]
         axis.set_title(f"{title_of(column, grid)}\n{classes} classes", linespacing=1.3)
     several = len({backbone for _, _, backbone in rows}) > 1
-    axes[0, 0].set_yticks(range(len(rows)), [_label(row, grid, several) for row in rows])
+    axes[0, 0].set_yticks(range(len(rows)), [_seed_label(row, grid, several) for row in rows])
     axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)  # the first row on top, as in the table
     figure.supxlabel("top-1 accuracy on the test split, percent", fontsize=9)
     return figure
 
 
-def _label(row: tuple, grid: dict, several_backbones: bool) -> str:
+def _seed_label(row: tuple, grid: Grid, several_backbones: bool) -> str:
     method, variant, backbone = row
     marked = any(peeks(cell.record) for cell in grid[row].values())
     name = method + DAGGER * marked + f"\n{variant}" * bool(variant)
@@ -94,14 +118,8 @@ def _panel(axis: Axes, column: Sequence[Cell | None]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
-def heat_map(found: Iterable[dict], path: str | Path) -> None:
-    """Draws the validation accuracy of grid runs over learning rate × weight decay, a panel for
-    every method and task, and marks the point that their final runs took. Where a grid varies more
-    than these two, a field shows the best of what it stands for.
-
-    Raises ValueError where there is no grid run, and for a `path` neither .png nor .svg.
-    """
-    save(figures.heat_maps(*_maps(list(found))), Path(path))
+def heatmap(found: Sequence[dict]) -> Figure:
+    return figures.heat_maps(*_maps(found))
 
 
 def _maps(found: Sequence[dict]) -> tuple[list[list[figures.Map]], str, str, str]:
@@ -113,12 +131,12 @@ def _maps(found: Sequence[dict]) -> tuple[list[list[figures.Map]], str, str, str
     for final in found:
         tried = [grid[key] for key in final["selected_from"] if key in grid]
         if final["phase"] == "final" and tried:
-            name = *_row(final), _column(final)
+            name = *row_of(final), column_of(final)
             panels.setdefault(name, (tried, []))[1].append(final)
             for record in tried:
                 left.pop(record["key"], None)
     for record in left.values():  # nobody has chosen yet
-        panels.setdefault((*_row(record), _column(record)), ([], []))[0].append(record)
+        panels.setdefault((*row_of(record), column_of(record)), ([], []))[0].append(record)
     several = [len({name[part] for name in panels}) > 1 for part in range(3)]
     groups: dict[tuple, list[figures.Map]] = {}
     folded = False
@@ -146,26 +164,48 @@ def _maps(found: Sequence[dict]) -> tuple[list[list[figures.Map]], str, str, str
     return [*groups.values()], "learning rate", "weight decay", note
 
 
-def _row(record: dict) -> tuple[str, str, str]:
-    return record["method"], record["variant"], record["backbone"]
-
-
-def _column(record: dict) -> tuple[str, str, str]:
-    return record["suite"], record["group"], record["task"]
-
-
 def _point(record: dict) -> tuple[float, float]:
     return record["config"]["optim"]["weight_decay"], record["config"]["optim"]["lr"]
 
 
-def main(arguments: Sequence[str]) -> None:
-    if len(arguments) != 2:
-        raise ValueError("Two arguments are needed: the folder of the runs and the file to write.")
-    accuracy_plot(collect(arguments[0]), arguments[1])
+DRAW: dict[str, Callable[[Sequence[dict]], Figure]] = {
+    "params": lambda found: cost(found, "params"),
+    "memory": lambda found: cost(found, "memory"),
+    "time": lambda found: cost(found, "time"),
+    "heatmap": heatmap,
+    "ablation": ablation,
+    "ranks": ranking,
+    "seeds": seeds,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.plot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("kind", choices=DRAW, metavar="KIND")
+    parser.add_argument("folder", nargs="?", type=Path, default=RECORDS, metavar="RUNS_DIR")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--protocol", help="only the runs under this protocol")
+    parser.add_argument("--over", metavar="KEY", help="the hyper-parameter of an ablation")
+    options = parser.parse_args(arguments)
+    found = collect(options.folder)
+    if options.protocol:
+        found = [record for record in found if record["protocol"] == options.protocol]
+    if options.kind == "ablation":
+        figure = ablation(found, options.over)
+    else:
+        figure = DRAW[options.kind](found)
+    folder = TABLES if options.folder == RECORDS else options.folder
+    files = (
+        [options.out] if options.out else [folder / f"{options.kind}.{e}" for e in ("png", "svg")]
+    )
+    for path in files:
+        save(figure, path)
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except (ValueError, OSError) as error:
         sys.exit(str(error))
