@@ -4,13 +4,17 @@ Each function gathers the numbers and returns the Figure that shows them. Only w
 averaged: a mean over tasks is taken over tasks that every compared row has.
 """
 
+import collections
+import itertools
 import math
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from scripts import figures, ranks
+from scripts import figures, published, ranks
 from scripts.figures import DAGGER
 from scripts.tabulate import Cell, cells, column_order, peeks, row_order, title_of
 
@@ -32,10 +36,14 @@ def column_of(record: dict) -> tuple[str, str, str]:
     return record["suite"], record["group"], record["task"]
 
 
-def whole(grid: Grid) -> tuple[list[tuple], list[tuple]]:
-    """The rows and columns to compare: a set of columns and the rows that have them all, chosen so
-    that as many cells as possible are used. What is left out is said below a figure."""
+def whole(grid: Grid, needed: Collection[str] = ()) -> tuple[list[tuple], list[tuple]]:
+    """The rows and columns to compare: the `needed` tasks, or else as many cells as can be used by
+    rows that share their columns. What is left out is said below a figure."""
     columns = {column for row in grid.values() for column in row}
+    if needed:
+        kept = sorted((column for column in columns if column[2] in needed), key=column_order)
+        rows = [row for row in grid if {column[2] for column in grid[row]} >= {*needed}]
+        return rows, kept
     count = {column: sum(column in row for row in grid.values()) for column in columns}
     best: tuple[tuple[int, int], list, list] = (0, 0), [], []
     for least in sorted(set(count.values())):
@@ -56,10 +64,14 @@ def _mean(grid: Grid, row: tuple, columns: Sequence[tuple]) -> tuple[float, floa
     return mean, math.sqrt(sum(cell.std**2 for cell in of)) / len(of)
 
 
-def _panels(found: Iterable[dict], *also: str) -> dict[str, tuple[Grid, list, list, str]]:
+def _panels(
+    found: Iterable[dict], *also: str, beside: Mapping[str, Collection[str]] | None = None
+) -> dict[str, tuple[Grid, list, list, str]]:
     """Title -> the grid of one suite and backbone (and device, for what depends on it), the rows
-    and columns compared, and what was left out."""
-    grid = final_cells(found)
+    and columns compared, and what was left out. `beside`: the tasks of a suite whose mean was
+    published, so that one mean is over the same tasks as the other. Raises ValueError where there
+    are runs and none is final."""
+    grid = final_cells(found) if found else {}
     parts: dict[tuple, dict[tuple, dict[tuple, Cell]]] = {}
     for row, columns in grid.items():
         for column, cell in columns.items():
@@ -67,7 +79,9 @@ def _panels(found: Iterable[dict], *also: str) -> dict[str, tuple[Grid, list, li
             parts.setdefault(name, {}).setdefault(row, {})[column] = cell
     panels = {}
     for name, part in sorted(parts.items()):
-        rows, columns = whole(part)
+        rows, columns = whole(part, (beside or {}).get(name[0], ()))
+        if not rows:
+            continue
         tasks = [title_of(column, part) for column in columns]
         of = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
         left = [_label(row, part) for row in row_order(part) if row not in rows]
@@ -86,6 +100,80 @@ def _label(row: tuple, grid: Grid) -> str:
     return method + DAGGER * marked + f" ({variant})" * bool(variant)
 
 
+SUITES = {"vtab-1k": "vtab", "fgvc": "fgvc", "cifar-10": "cifar", "cifar-100": "cifar"}
+MEANS = {
+    "mean_all": "mean over tasks",
+    "mean_fgvc": "mean over tasks",
+    "mean_group": "mean over groups",
+}
+AS_PRINTED = "Published numbers as printed (errata.md says which are doubtful)"
+
+
+class Printed(NamedTuple):
+    """A table of a paper. `rows`: (method, variant, backbone) -> score by data set or mean;
+    `params`: the same -> trainable parameters in millions, where they are printed."""
+
+    name: str
+    benchmark: str
+    rows: Mapping[tuple, Mapping[str, float]]
+    params: Mapping[tuple, float]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The data sets that its means are over, or that it has."""
+        means = published.averages(self.benchmark)
+        groups = means.get("mean_all") or means.get("mean_fgvc")
+        if groups:
+            return [task for group in groups for task in group]
+        return list(dict.fromkeys(name for cells in self.rows.values() for name in cells))
+
+    def score(self, row: tuple) -> tuple[float, str]:
+        """The number that stands for a row, and what it is."""
+        means = published.recomputed(self.benchmark, {**self.rows[row]}) | {**self.rows[row]}
+        for name, meaning in MEANS.items():
+            if name in means:
+                return means[name], meaning
+        ((name, value),) = self.rows[row].items()
+        return value, name
+
+    def label(self, row: tuple, on: str | None = None) -> str:
+        """Method and variant, and how the backbone differs from `on`, by default most rows'."""
+        method, variant, backbone = row
+        on = on or statistics.mode(backbone for _, _, backbone in self.rows)
+        pairs = itertools.zip_longest(backbone.split("_"), on.split("_"))
+        other = "_".join(
+            a for a, _ in itertools.dropwhile(lambda pair: pair[0] == pair[1], pairs) if a
+        )
+        return method + f" ({', '.join(filter(None, (variant, other)))})" * bool(variant or other)
+
+
+def printed(name: str) -> Printed:
+    """A table by its name, e.g. rlrr/table2. Raises ValueError for one that is not there or holds
+    no accuracies of images."""
+    paper, _, table = name.partition("/")
+    frame = published.numbers(paper)
+    frame = frame[frame["benchmark"].isin(SUITES) & frame["metric"].isin(published.SCORES)]
+    short = {name: _plain(name) for name in dict.fromkeys(frame["table"])}
+    frame = frame[frame["table"].map(short) == _plain(table)]
+    if frame.empty:
+        there = ", ".join(f"{paper}/table{name}" for name in short.values())
+        raise ValueError(f"{paper} has no table {table!r} of accuracies; there is {there}.")
+    rows: dict[tuple, dict[str, float]] = {}
+    params = {}
+    for line in frame.itertuples():
+        backbone = f"{line.backbone}_{line.pretraining}".removesuffix("_unspecified")
+        row = line.method, line.variant, backbone
+        rows.setdefault(row, {})[line.dataset] = line.number
+        if line.params_M:
+            params[row] = float(line.params_M)
+    return Printed(name, frame["benchmark"].iloc[0], rows, params)
+
+
+def _plain(table: str) -> str:
+    """T2, table2 and 2 are one table; S5 and A.6 are of a supplement."""
+    return re.sub(r"^(table|t)_?|\.", "", table.lower())
+
+
 COSTS = {
     "params": ("tuned_params", 1e6, "tuned parameters without the head, millions"),
     "memory": ("peak_memory_bytes", 2**20, "peak memory of training, MiB"),
@@ -93,20 +181,25 @@ COSTS = {
 }
 
 
-def cost(found: Iterable[dict], kind: str) -> Figure:
+def cost(found: Iterable[dict], kind: str, table: Printed | None = None) -> Figure:
     """Accuracy against one of COSTS, a panel per suite and backbone, and per device where the cost
-    depends on it."""
+    depends on it; the published rows in the panel of theirs, or in one of their own."""
     field, unit, xlabel = COSTS[kind]
     panels, notes = {}, []
-    found = [record for record in found if record["phase"] == "final"]
-    for title, (grid, rows, columns, note) in _panels(
-        found, *(["device"] if kind != "params" else [])
-    ).items():
+    found = list(found)
+    also = ["device"] if kind != "params" else []
+    same = {SUITES[table.benchmark]: table.tasks} if table else {}
+    for title, (grid, rows, columns, note) in _panels(found, *also, beside=same).items():
         points = []
         for row in rows:
             mean, std = _mean(grid, row, columns)
             spent = {
-                column: [r[field] for r in found if (row_of(r), column_of(r)) == (row, column)]
+                column: [
+                    record[field]
+                    for record in found
+                    if record["phase"] == "final"
+                    and (row_of(record), column_of(record)) == (row, column)
+                ]
                 for column in columns
             }
             x = statistics.fmean(statistics.fmean(values) for values in spent.values()) / unit
@@ -116,13 +209,40 @@ def cost(found: Iterable[dict], kind: str) -> Figure:
             )
         panels[title] = points
         notes += [note] if note else []
+    if table and kind == "params":
+        notes.append(f"{AS_PRINTED}; some printed counts include a head.")
+        for title, points in _printed_points(table).items():
+            own = next((t for t in panels if t.startswith(f"{title}\n")), None)
+            panels[own or f"{title}\n{table.name}"] = [*panels.get(own, []), *points]
     return figures.pareto(panels, xlabel, "top-1 on the test split, percent", "\n".join(notes))
 
 
-def ranking(found: Iterable[dict]) -> Figure:
-    """The critical-difference diagram of every suite and backbone. Rows that peeked at the test set
-    are left out, unless all did."""
+def _printed_points(table: Printed) -> dict[str, list[figures.Point]]:
+    """The rows of a table with their printed parameters, by suite and backbone; a row alone on its
+    backbone stands among the others."""
+    count = collections.Counter(backbone for _, _, backbone in table.params)
+    if not count:
+        raise ValueError(f"{table.name} prints no numbers of parameters.")
+    usual = count.most_common(1)[0][0]
+    panels: dict[str, list[figures.Point]] = {}
+    for row, params in table.params.items():
+        backbone = row[2] if count[row[2]] > 1 else usual
+        label = table.label(row, backbone)
+        point = figures.Point(label, params, table.score(row)[0], kind="published")
+        panels.setdefault(f"{SUITES[table.benchmark]}, {backbone}", []).append(point)
+    return panels
+
+
+def ranking(found: Iterable[dict], table: Printed | None = None) -> Figure:
+    """The critical-difference diagram of every suite and backbone, and of a published table. Rows
+    that peeked at the test set are left out, unless all did."""
     panels = []
+    if table:
+        tasks = [task for task in next(iter(table.rows.values())) if not task.startswith("mean_")]
+        complete = {row: cells for row, cells in table.rows.items() if cells.keys() >= {*tasks}}
+        scores = {table.label(row): [cells[t] for t in tasks] for row, cells in complete.items()}
+        panel = ranks.rank(f"{table.name}, published", scores)
+        panels.append(panel._replace(note=f"{panel.note}\n{AS_PRINTED}."))
     for title, (grid, rows, columns, note) in _panels(found).items():
         honest = [r for r in rows if not any(peeks(grid[r][c].record) for c in columns)]
         scores = {
@@ -137,23 +257,30 @@ def ranking(found: Iterable[dict]) -> Figure:
     return ranks.critical_difference(panels)
 
 
-def ablation(found: Iterable[dict], over: str | None = None) -> Figure:
+def ablation(
+    found: Iterable[dict], over: str | None = None, table: Printed | None = None
+) -> Figure:
     """Accuracy over one hyper-parameter, a panel for each method and each one of its that varies
-    while the others stay, or for `over` alone.
+    while the others stay, or for `over` alone; published lines beside ours.
 
     Raises ValueError where nothing varies.
     """
     panels: dict[tuple[str, str], list[figures.Curve]] = {}
     varied: set[str] = set()
+    same = {SUITES[table.benchmark]: table.tasks} if table else {}
     for title, (grid, *_) in _panels(found).items():
         suite = title.partition("\n")[0]
         for method in sorted({row[0] for row in grid}):
             own = {row: grid[row] for row in grid if row[0] == method}
             for key in sorted({k for row in own for k in _settings(own[row])}):
-                lines = _lines(own, key)
+                lines = _lines(own, key, same.get(title.partition(",")[0], ()))
                 varied |= {key} if lines else set()
                 if lines and over in (None, key):
                     panels[f"{method}, {suite}", key] = lines
+    for (title, key), lines in _printed_lines(table).items() if table else ():
+        varied |= {key}
+        if over in (None, key):
+            panels.setdefault((title, key), []).extend(lines)
     if not panels:
         there = f"; what varies is: {', '.join(sorted(varied))}" if varied else ""
         raise ValueError(
@@ -178,9 +305,9 @@ def _settings(row: Mapping[tuple, Cell]) -> dict[str, object]:
     return kept
 
 
-def _lines(rows: Grid, key: str) -> list[figures.Curve]:
+def _lines(rows: Grid, key: str, needed: Collection[str] = ()) -> list[figures.Curve]:
     """A line for every setting of the other hyper-parameters under which `key` has more than one
-    value; its points average the tasks that all of them have."""
+    value; its points average the tasks that all of them have, which must be the `needed` ones."""
     groups: dict[str, dict[str, tuple]] = {}
     for row, columns in rows.items():
         settings = _settings(columns)
@@ -193,12 +320,62 @@ def _lines(rows: Grid, key: str) -> list[figures.Curve]:
     for rest, values in sorted(groups.items()):
         columns, *others = (rows[row].keys() for row in values.values())
         shared = sorted(set(columns).intersection(*others), key=column_order)
-        if not shared:
+        if not shared or (needed and {column[2] for column in shared} != {*needed}):
             continue
         means = {text: _mean(rows, values[text], shared) for text in sorted(values, key=_order)}
         tasks = f"mean of {len(shared)} tasks" if len(shared) > 1 else title_of(shared[0], rows)
         lines.append(figures.Curve(f"{tasks}; {rest}" if len(groups) > 1 else tasks, means))
     return lines
+
+
+def _printed_lines(table: Printed) -> dict[tuple[str, str], list[figures.Curve]]:
+    """The rows whose variant is one `key=value`; an expert mask's kind is a line of its own."""
+    lines: dict[tuple[str, str], dict[str, dict[str, tuple]]] = {}
+    for row in table.rows:
+        method, variant, backbone = row
+        key, _, value = variant.partition("=")
+        if not value or "," in variant:
+            continue
+        score, meaning = table.score(row)
+        kind = ""
+        if key == "experts_kept":
+            kind, _, value = value.rpartition("_")
+        if key == "location":
+            value = value.replace("_", " ").replace("mha", "MHA").replace("ffn", "FFN")
+            value = value.replace("+", " +\n")
+        where = f"{method}, {SUITES[table.benchmark]}, {backbone}", key
+        name = f"{table.name}, {meaning}" + f"; {kind}" * bool(kind)
+        lines.setdefault(where, {}).setdefault(name, {})[value] = score, None
+    return {
+        where: [figures.Curve(name, values, True) for name, values in named.items()]
+        for where, named in lines.items()
+    }
+
+
+def beside(found: Iterable[dict], table: Printed) -> Figure:
+    """Ours beside the published: for every row of a table its data set or its means."""
+    grid = cells(found)
+    own = {
+        row: {column[2]: cell for column, cell in columns.items()} for row, columns in grid.items()
+    }
+    every = list(dict.fromkeys(name for row in table.rows.values() for name in row))
+    names = [name for name in every if name.startswith("mean_")] or every
+    panels: dict[str, list[figures.Pair]] = {name: [] for name in names}
+    for row in table.rows:
+        mine = own.get(row, {})
+        means = {task: cell.mean for task, cell in mine.items()}
+        means |= published.recomputed(table.benchmark, means)
+        kind = "peeks" if any(peeks(cell.record) for cell in mine.values()) else "ours"
+        for name in names:
+            std = mine[name].std if name in mine else None
+            value = (means[name], std) if name in means else None
+            panels[name].append(figures.Pair(value, table.rows[row].get(name), kind))
+    note = f"{AS_PRINTED}."
+    if not any(pair.ours for pairs in panels.values() for pair in pairs):
+        note = f"No run of ours has these yet. {note}"
+    titles = {name: name.replace("mean_", "mean, ") for name in names}
+    rows = [table.label(row) for row in table.rows]
+    return figures.beside(rows, {titles[n]: pairs for n, pairs in panels.items()}, note)
 
 
 def _text(value: object) -> str:

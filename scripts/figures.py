@@ -268,8 +268,8 @@ class Curve(NamedTuple):
 
 @styled
 def curves(panels: Mapping[tuple[str, str], Sequence[Curve]], ylabel: str) -> Figure:
-    """A panel for every (title, axis label); its values stand evenly, in the order they come in.
-    Published lines are dashed with hollow markers."""
+    """A panel for every (title, axis label); its values stand evenly, in the order they come in,
+    and are joined where they are numbers. Published lines are dashed with hollow markers."""
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(1 + 3.6 * across, 0.6 + 3.1 * down), layout="constrained")
@@ -278,6 +278,7 @@ def curves(panels: Mapping[tuple[str, str], Sequence[Curve]], ylabel: str) -> Fi
         axis.set_visible(False)
     for axis, ((title, xlabel), lines) in zip(axes.flat, panels.items()):
         order = list(dict.fromkeys(x for line in lines for x in line.values))
+        named = any(x[:1].isalpha() and x != "all" for x in order)  # no scale: nothing to join
         for i, line in enumerate(lines):
             xs = [order.index(x) for x in line.values]
             ys, stds = zip(*line.values.values())
@@ -290,7 +291,7 @@ def curves(panels: Mapping[tuple[str, str], Sequence[Curve]], ylabel: str) -> Fi
                 marker=MARKERS[i % len(MARKERS)],
                 mfc=face,
                 color=colour,
-                ls="--" if line.published else "-",
+                ls="none" if named else "--" if line.published else "-",
                 lw=1.4,
                 capsize=2,
                 label=line.label + " (published)" * line.published,
@@ -343,7 +344,7 @@ def beside(rows: Sequence[str], panels: Mapping[str, Sequence[Pair]], note: str)
             axis.plot(mean, y, marker, color=colour, ms=6, zorder=5)
             if published is not None:
                 axis.plot([published, mean], [y, y], color=GREY, lw=1.6, zorder=2)
-                text = f"{mean - published:+.1f}"
+                text = f"{mean - published:+.1f}".replace("-", "−")
                 axis.text(1.02, y, text, transform=axis.get_yaxis_transform(), va="center")
         axis.margins(x=0.08)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -28,7 +28,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scripts import figures
-from scripts.compare import Grid, ablation, column_of, cost, final_cells, ranking, row_of
+from scripts.compare import (
+    Grid,
+    Printed,
+    ablation,
+    beside,
+    column_of,
+    cost,
+    final_cells,
+    printed,
+    ranking,
+    row_of,
+)
 from scripts.figures import BLUE, DAGGER, ORANGE, save
 from scripts.tabulate import (
     DASH,
@@ -168,15 +179,17 @@ def _point(record: dict) -> tuple[float, float]:
     return record["config"]["optim"]["weight_decay"], record["config"]["optim"]["lr"]
 
 
-DRAW: dict[str, Callable[[Sequence[dict]], Figure]] = {
-    "params": lambda found: cost(found, "params"),
-    "memory": lambda found: cost(found, "memory"),
-    "time": lambda found: cost(found, "time"),
-    "heatmap": heatmap,
-    "ablation": ablation,
+DRAW: dict[str, Callable[[Sequence[dict], Printed | None], Figure]] = {
+    "params": lambda found, table: cost(found, "params", table),
+    "memory": lambda found, table: cost(found, "memory"),
+    "time": lambda found, table: cost(found, "time"),
+    "heatmap": lambda found, table: heatmap(found),
+    "ablation": lambda found, table: ablation(found, None, table),
     "ranks": ranking,
-    "seeds": seeds,
+    "seeds": lambda found, table: seeds(found),
+    "published": beside,
 }
+PUBLISHED_TOO = {"params", "ablation", "ranks", "published"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,16 +198,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=DRAW, metavar="KIND")
     parser.add_argument("folder", nargs="?", type=Path, default=RECORDS, metavar="RUNS_DIR")
     parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--published", metavar="PAPER/TABLE", help="draw these numbers as well")
     parser.add_argument("--protocol", help="only the runs under this protocol")
     parser.add_argument("--over", metavar="KEY", help="the hyper-parameter of an ablation")
     options = parser.parse_args(arguments)
-    found = collect(options.folder)
-    if options.protocol:
+    table = printed(options.published) if options.published else None
+    if table and options.kind not in PUBLISHED_TOO:
+        raise ValueError(
+            f"The papers print nothing for {options.kind}; --published goes with "
+            f"{', '.join(sorted(PUBLISHED_TOO))}."
+        )
+    if options.kind == "published" and not table:
+        raise ValueError("Which table? For example: published --published rlrr/table2.")
+    nothing = table and not any(options.folder.rglob("record.json"))
+    found = [] if nothing else collect(options.folder)
+    if options.protocol and found:
+        there = sorted({record["protocol"] for record in found})
         found = [record for record in found if record["protocol"] == options.protocol]
-    if options.kind == "ablation":
-        figure = ablation(found, options.over)
+        if not found:
+            raise ValueError(
+                f"No run has protocol {options.protocol!r}; there is {', '.join(there)}."
+            )
+    if options.over and options.kind != "ablation":
+        raise ValueError(f"--over goes with ablation, not with {options.kind}.")
+    if options.over:
+        figure = ablation(found, options.over, table)
     else:
-        figure = DRAW[options.kind](found)
+        figure = DRAW[options.kind](found, table)
     folder = TABLES if options.folder == RECORDS else options.folder
     files = (
         [options.out] if options.out else [folder / f"{options.kind}.{e}" for e in ("png", "svg")]

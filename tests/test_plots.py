@@ -9,7 +9,7 @@ from scipy import stats
 from test_tables import record
 
 from peft import record as records
-from scripts import compare, figures, plot, ranks
+from scripts import compare, figures, plot, published, ranks
 
 LR, WD = (1e-3, 1e-2), (0.0, 1e-4)
 
@@ -225,7 +225,7 @@ def folder(tmp_path):
     return tmp_path / "runs"
 
 
-@pytest.mark.parametrize("kind", plot.DRAW)
+@pytest.mark.parametrize("kind", sorted({*plot.DRAW} - {"published"}))
 def test_every_kind_is_drawn_twice_alike(folder, kind, capsys):
     plot.main([kind, str(folder)])
     files = [folder / f"{kind}.png", folder / f"{kind}.svg"]
@@ -234,3 +234,82 @@ def test_every_kind_is_drawn_twice_alike(folder, kind, capsys):
     plot.main([kind, str(folder)])
     assert [path.read_bytes() for path in files] == first
     assert capsys.readouterr().out.count("written: ") == 4
+
+
+def vtab(**changes) -> list[dict]:
+    """LoRA on all tasks of VTAB-1k, a point below what RLRR's Table 2 prints."""
+    table = compare.printed("rlrr/table2")
+    cells = table.rows["lora", "", "vit_b16_in21k"]
+    changes = {"suite": "vtab", "backbone": "vit_b16_in21k"} | changes
+    return [
+        record("lora", task, top1=cells[task] - 1, group=group, **changes)
+        for group in ("natural", "specialized", "structured")
+        for task in published.tasks()[group]
+    ]
+
+
+def test_published_rows_and_their_means_are_those_of_the_csv():
+    table = compare.printed("rlrr/T2")
+    assert table.rows["rlrr", "", "vit_b16_in21k"]["mean_all"] == 74.5 and len(table.tasks) == 19
+    assert table.score(("rlrr", "", "vit_b16_in21k")) == (74.5, "mean over tasks")
+    assert table.label(("ssf", "", "vit_b16_augreg_in21k")) == "ssf (augreg_in21k)"
+    assert compare.printed("lava/table5").label(("full", "", "vgg11"), "vgg11") == "full"
+    with pytest.raises(ValueError, match="no table 'table9' of accuracies; there is rlrr/table2"):
+        compare.printed("rlrr/table9")
+
+
+def test_ours_beside_the_published(monkeypatch):
+    table = compare.printed("rlrr/table2")
+    rows, panels, note = drawn(monkeypatch, "beside", compare.beside, vtab(), table)
+    pair = panels["mean, all"][rows.index("lora")]
+    assert pair.ours[0] == pytest.approx(72.3 - 1, abs=0.1) and pair.published == 72.3
+    assert panels["mean, all"][rows.index("rlrr")].ours is None and "yet" not in note
+    *_, note = drawn(monkeypatch, "beside", compare.beside, [], table)
+    assert "No run of ours" in note
+
+
+def test_a_mean_beside_a_published_one_is_over_the_same_tasks(monkeypatch):
+    table = compare.printed("rlrr/table2")
+    panels, *_ = drawn(monkeypatch, "pareto", compare.cost, vtab(), "params", table)
+    points = panels["vtab, vit_b16_in21k\nmean of 19 tasks"]
+    assert {p.kind for p in points if p.label == "lora"} == {"ours", "published"}
+    panels, *_ = drawn(monkeypatch, "pareto", compare.cost, vtab()[1:], "params", table)
+    assert {p.kind for points in panels.values() for p in points} == {"published"}
+
+
+def test_published_ablation_and_ranks(monkeypatch):
+    table = compare.printed("alore/table18")
+    (panels, *_) = drawn(monkeypatch, "curves", compare.ablation, [], None, table)
+    (((_, key), (line,)),) = panels.items()
+    assert (
+        key == "rank" and line.published and list(line.values) == ["1", "2", "4", "8", "16", "32"]
+    )
+    assert line.values["16"] == (74.86, None)  # as printed, although its cells say 75.39
+    table = compare.printed("alore/table2")
+    ((panel,),) = drawn(monkeypatch, "critical_difference", compare.ranking, [], table)
+    assert next(iter(panel.ranks)) == "alore" and len(panel.ranks) == 17
+    assert panel.note.startswith("19 tasks")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["seeds", "--published", "rlrr/table2"], "print nothing for seeds"),
+        (["published"], "Which table"),
+        (["params", "--published", "lava/table5"], "prints no numbers of parameters"),
+        (["params", "--over", "rank"], "goes with ablation"),
+        (["params", "--protocol", "vtab_peek"], "there is mini"),
+        (["params", "--out", "figure.jpg"], "neither"),
+    ],
+)
+def test_bad_arguments_are_named(folder, arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        plot.main([arguments[0], str(folder), *arguments[1:]])
+
+
+def test_nothing_to_draw_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no record"):
+        plot.main(["params", str(tmp_path)])
+    out = tmp_path / "a.svg"
+    plot.main(["published", str(tmp_path), "--published", "rlrr/table6", "--out", str(out)])
+    assert b"<svg" in out.read_bytes()
