@@ -8,12 +8,14 @@ A table of a paper is never corrected here: what does not add up is printed as i
 
 import hashlib
 import io
+import math
+import re
 import sys
 from functools import cache
 
 import pandas as pd
 
-from scripts.tabulate import GROUPS, PUBLISHED
+from scripts.runs import GROUPS, PUBLISHED
 
 PAPERS = ("rlrr", "alore", "lava", "superlora")
 ROW = ["paper", "table", "benchmark", "backbone", "pretraining", "method", "variant"]
@@ -73,6 +75,78 @@ def numbers(paper: str) -> pd.DataFrame:
     refuse(percent & ~frame["number"].between(0, 100), "not a percentage")
     refuse(frame.duplicated([*ROW, "dataset", "metric"]), "a cell that is there already")
     return frame
+
+
+@cache
+def origins() -> dict[tuple, dict[str, str]]:
+    """Row -> why it is marked: `peek` (its epoch was chosen on the test set) and `borrowed` (its
+    paper did not measure it). Raises ValueError for a rule that no row follows."""
+    path, marks = PUBLISHED / "origins.csv", {}
+    rows = pd.concat(map(numbers, PAPERS))[ROW].drop_duplicates()
+    rules = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for line, rule in enumerate(rules.itertuples(), start=2):
+        of_paper = rows[rows["paper"] == rule.paper]
+        if rule.pretraining:
+            of_paper = of_paper[of_paper["pretraining"] == rule.pretraining]
+        for table in rule.tables.split("|"):
+            for method in rule.methods.split("|"):
+                meant = of_paper[(of_paper["table"] == table) & (of_paper["method"] == method)]
+                if meant.empty or rule.mark not in ("peek", "borrowed"):
+                    raise ValueError(f"{path}, line {line}: {table} has no {method} to mark.")
+                for row in meant.itertuples(index=False, name=None):
+                    marks.setdefault(row, {})[rule.mark] = rule.reason
+    return marks
+
+
+@cache
+def counts() -> dict[tuple[str, str], list[dict[str, str]]]:
+    """(paper, table) -> the lines of params_expected.csv about it."""
+    frame = pd.read_csv(PUBLISHED / "params_expected.csv", dtype=str, keep_default_na=False)
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for line in frame.to_dict("records"):
+        for table in tables_in(line["table"]):
+            found.setdefault((line["paper"].lower(), table), []).append(line)
+    return found
+
+
+def tables_in(text: str) -> list[str]:
+    """`Table 4a / Suppl. Table 5` -> T4a, S5; `Tables 1 and 5 (CIFAR-10)` -> T1, T5."""
+    text = re.sub(r"\(.*", "", text)
+    if section := re.search(r"A(\.\d)+", text):
+        return [section[0]]
+    found, prefix = [], "T"
+    for part in re.split(r"/|and|,", text):
+        prefix = "S" if "Suppl" in part else prefix
+        found += [prefix + number for number in re.findall(r"\b\d+[a-d]?\b", part)]
+    split = {"T3": ["T3a", "T3b"]}  # one line for both halves
+    return [name for table in found for name in [table, *split.get(table, [])]]
+
+
+def count_of(row: tuple, printed: str) -> dict[str, str] | None:
+    """What params_expected.csv says of one row's printed count: `head` is the convention it follows
+    (none: the head is left out), `agrees` whether the models give it, `reason` why not."""
+    paper, table, *_, method, _ = row
+    lines = [
+        line
+        for line in counts().get((paper, table), [])
+        if (number := _millions(line["published"])) is not None
+        and math.isclose(number, float(printed), rel_tol=1e-9)
+    ]
+    named = [line for line in lines if method in (line["run"], _plain(line["method"]))]
+    if len({(line["head"], line["agrees"]) for line in named or lines}) != 1:
+        return None
+    return (named or lines)[0]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
+
+
+def _millions(text: str) -> float | None:
+    number, _, unit = text.partition(" ")
+    if unit == "%" or not number:
+        return None
+    return float(number) / (1 if unit == "M" else 1e6)
 
 
 @cache

@@ -2,11 +2,13 @@
 
 import hashlib
 import shutil
+from collections import Counter
+from functools import cache
 
 import pandas as pd
 import pytest
 
-from scripts import published
+from scripts import papers, published, render
 
 ROWS = {"rlrr": 1659, "alore": 2784, "lava": 487, "superlora": 44}
 # Printed and recomputed, by paper, table, method or variant, and mean.
@@ -31,7 +33,8 @@ OFF = {
 
 
 def fresh() -> None:
-    for cached in (published.read, published.numbers, published.tasks, published.errata):
+    for cached in (published.read, published.numbers, published.tasks, published.errata,
+                   published.origins, published.counts):  # fmt: skip
         cached.cache_clear()
 
 
@@ -135,3 +138,105 @@ def test_an_erratum_that_adds_up_is_refused(copy):
     spoil(copy, "errata.csv", line, line.replace("mean_all", "mean_group"), renew=False)
     with pytest.raises(ValueError, match="contradicts its cells, other than"):
         published.check()
+
+
+@cache
+def table(name):
+    return papers.published_table(name)
+
+
+def test_every_table_is_rendered_cell_by_cell():
+    """Every figure of the papers that the suite covers stands in a table once, as printed."""
+    printed = pd.concat(map(published.numbers, published.PAPERS))
+    printed = printed[
+        printed["benchmark"].isin(papers.BENCHMARKS) & printed["metric"].isin(papers.METRICS)
+    ]
+    expected, found = Counter(), Counter()
+    for row in printed.itertuples():
+        expected[row.paper, row.table, row.value + f" ± {row.std}" * bool(row.std)] += 1
+    for name in papers.names():
+        for line in table(name).lines:
+            for column in table(name).columns:
+                entry = line.entry(column)
+                if line.source == "published" and column.kind in ("score", "plain"):
+                    where = papers.catalogue()[name]
+                    found[(*where, entry.text)] += entry.text != "" and not entry.computed
+    assert +found == expected
+
+
+@pytest.mark.parametrize("name", papers.names())
+def test_a_cell_stands_in_its_row_and_column(name):
+    """Each cell of the CSV is found by what its row and its column are called, doubts included."""
+    paper, number = papers.catalogue()[name]
+    made = table(name)
+    lines = [line for line in made.lines if line.source == "published"]
+    frame = published.numbers(paper)
+    frame = frame[(frame["table"] == number) & frame["metric"].isin(papers.METRICS)]
+    doubts = set(published.errata()[published.CELL].itertuples(index=False, name=None))
+    for cell in frame.itertuples():
+        (line,) = (
+            line
+            for line in lines
+            if all(getattr(cell, label) == value for label, value in line.key.items())
+        )
+        keys = cell.dataset, cell.metric, cell.backbone, cell.method
+        entries = [line.entries[key] for key in keys if key in line.entries]
+        assert cell.value in [entry.text for entry in entries if not entry.computed], cell
+        where = tuple(getattr(cell, column) for column in published.CELL)
+        doubtful = where in doubts or (*where[:-2], "", "") in doubts
+        assert doubtful == any(entry.doubt for entry in entries), cell
+    for text in (render.markdown(made), render.latex(made), render.html(made)):
+        assert all(value in text for value in frame["value"])
+    order = [line.key for line in lines]
+    assert order == [dict(zip(order[0], row)) for row in dict.fromkeys(
+        frame[[*order[0]]].itertuples(index=False, name=None))]  # fmt: skip
+
+
+def test_marks_of_origin():
+    """Rows said to be another table's, cell by cell, are; rows of a paper's own are not marked."""
+    frame = pd.concat(map(published.numbers, ("rlrr", "alore")))
+    tasks = {task for group in published.tasks().values() for task in group}
+    frame = frame[frame["dataset"].isin(tasks)]
+    rows = {
+        row: dict(zip(part["dataset"], part["value"]))
+        for row, part in frame.groupby(published.ROW, sort=False)
+    }
+    twins = {"T2": "T2", "T3": "T1", "S5": "T11", "S6": "T12", "S7": "T13", "S8": "T16",
+             "S9": "T17"}  # fmt: skip
+    marked = published.origins()
+    for row, cells in rows.items():
+        paper, table, *rest = row
+        if paper == "rlrr" and table in twins:
+            same = rows.get(("alore", twins[table], *rest)) == cells
+            assert same == ("borrowed" in marked.get(row, {})), row
+        if rest[3] in ("alore", "alore_attn") or (paper, rest[3]) == ("rlrr", "rlrr"):
+            assert "borrowed" not in marked.get(row, {}), row
+    assert {why for row in marked for why in marked[row]} == {"peek", "borrowed"}
+
+
+def test_a_rule_about_no_row_is_refused(copy):
+    spoil(copy, "origins.csv", "arc_attn", "arc_attention", renew=False)
+    with pytest.raises(ValueError, match=r"origins\.csv, line \d+: .*no arc_attention"):
+        published.origins()
+
+
+def test_both_means_where_a_paper_prints_one():
+    line = next(line for line in table("rlrr/table2").lines if line.key["method"] == "rlrr")
+    assert line.entries["mean_all"].text == "74.5" and not line.entries["mean_all"].computed
+    groups = [
+        sum(line.entries[task].value for task in published.tasks()[group]) / count
+        for group, count in (("natural", 7), ("specialized", 4), ("structured", 8))
+    ]
+    mean = line.entries["mean_group"]
+    assert mean.computed and mean.text == f"{sum(groups) / 3:.2f}" and mean.text[:4] == "76.7"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("rlrr/table22", r"nearest: .*rlrr/table2"), ("rlr/table2", "nearest: rlrr/table2")],
+)
+def test_an_unknown_table_names_its_neighbours(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        papers.find(name)
+    assert papers.find("RLRR/T2") == papers.find("rlrr/2") == ["rlrr/table2"]
+    assert papers.find("rlrr/table4") == ["rlrr/table4a", "rlrr/table4b"]
