@@ -1,70 +1,33 @@
-"""Benchmarks: what things cost, measured side by side in one process.
+"""What input costs: cached training sets beside decoding, and the memory of a streamed test set.
 
-    python -m scripts.bench loader [device=cuda] [images=1000] [batch=32] [stream=73728]
-
-Writes results/bench/NAME.json (NAME-cuda.json on a GPU), with the hardware it ran on.
+The cached loader (uint8 on the device, flips, 224 pixels) stands beside decoding the same JPEG
+files with Pillow one by one, in this process, for 32, 96 and 480 pixels; its share of a training
+step of ViT-B/16 is that of the slowest. The streamed set does not fit the cache: two workers decode
+it, and memory is read on the way, ten times.
 """
 
 import io
-import json
 import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 
 import numpy as np
-import torch
 from PIL import Image
 
 import data
-import peft
-from data.manifest import replacing
 from data.pictures import Files, decode
-from scripts.prepare import options
+from scripts.bench import measure
+from scripts.bench.step import training
 
-RESULTS = Path(__file__).parent.parent / "results" / "bench"
-
-
-def hardware(device: str) -> dict[str, str | int]:
-    """Names of what the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [x.partition(":")[2].strip() for x in lines.splitlines() if x.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pillow": Image.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def write(name: str, device: str, result: Mapping) -> Path:
-    """results/bench/NAME.json, replaced whole."""
-    path = RESULTS / f"{name}{'-cuda' if device.startswith('cuda') else ''}.json"
-    stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    content = {"benchmark": name, "when": stamp, "hardware": hardware(device), **result}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-    return path
-
-
-def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Median time of `work` after one call to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+OPTIONS = {
+    "device": "cpu or cuda",
+    "images": "1000 in the cached set",
+    "batch": "32",
+    "stream": "73728 images of a streamed set",
+}
 
 
 def pictures(count: int, size: int) -> list[bytes]:
@@ -126,20 +89,15 @@ def cached_and_decoded(device: str, count: int, batch: int, size: int) -> dict[s
     }
 
 
+def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
+    """Median time of `work` after one call to warm up."""
+    return median(measure.interleaved({"work": work}, device, repeats)["work"])
+
+
 def step_seconds(device: str, batch: int) -> float:
-    """One training step of ViT-B/16 with LoRA at 224 pixels, mixed precision on a GPU."""
-    model = peft.create("vit_b16_in21k", "lora", num_classes=100).to(device)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    x, y = torch.randn(batch, 3, 224, 224, device=device), torch.arange(batch, device=device)
-
-    def step() -> None:
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
-            loss = torch.nn.functional.cross_entropy(model(x), y)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    return seconds(step, device, repeats=1 if device == "cpu" else 10)
+    """A forward and backward pass of ViT-B/16 with LoRA at 224 pixels, bf16 on a GPU."""
+    model = measure.model_of(measure.configured("vit_b16_in21k", "lora"), device)
+    return seconds(training(model, device, batch), device, 2 if device == "cpu" else 10)
 
 
 def memory() -> int:
@@ -175,10 +133,12 @@ def streamed(device: str, count: int, batch: int) -> dict[str, float | list]:
         batch_size=batch, device=device, workers=2, cache_bytes=0,
     )  # fmt: skip
     start, before, seen, marks = time.perf_counter(), memory(), 0, []
-    for number, (_, labels) in enumerate(loader.epoch()):
-        seen += len(labels)
-        if number % max(1, len(loader) // 10) == len(loader) // 20:  # ten times on the way
-            marks.append([seen, round(memory() / 2**20)])
+    with measure.progress(count, "loader (streamed images)") as bar:
+        for number, (_, labels) in enumerate(loader.epoch()):
+            seen += len(labels)
+            bar.update(len(labels))
+            if number % max(1, len(loader) // 10) == len(loader) // 20:  # ten times on the way
+                marks.append([seen, round(memory() / 2**20)])
     took = time.perf_counter() - start
     return {
         "images": seen,
@@ -189,18 +149,20 @@ def streamed(device: str, count: int, batch: int) -> dict[str, float | list]:
     }
 
 
-def loader(given: Mapping[str, str]) -> tuple[str, dict]:
-    """What input costs: cached training sets against decoding, their share of a ViT-B/16 step, and
-    the memory of a streamed test set.
-    """
-    device, batch = given.get("device", "cpu"), int(given.get("batch", 32))
-    count = int(given.get("images", 1000))
-    sizes = [cached_and_decoded(device, count, batch, size) for size in (32, 96, 480)]
-    stream = streamed(device, int(given.get("stream", 73_728)), batch)
-    used = batch if device.startswith("cuda") else min(batch, 8)
-    step = step_seconds(device, used) / used
+def loader(given: Mapping[str, str]) -> dict:
+    device, batch = given["device"], measure.number(given, "batch", 32)
+    count = measure.number(given, "images", 1000)
+    sizes = []
+    with measure.progress(4, "loader (three sizes, a step)") as bar:
+        for size in (32, 96, 480):
+            sizes.append(cached_and_decoded(device, count, batch, size))
+            bar.update()
+        used = batch if device.startswith("cuda") else min(batch, 8)
+        step = step_seconds(device, used) / used
+        bar.update()
+    stream = streamed(device, measure.number(given, "stream", 73_728), batch)
     slowest = min(row["cached_images_per_second"] for row in sizes)
-    result = {
+    return {
         "images": count,
         "batch_size": batch,
         "cached": sizes,
@@ -208,26 +170,3 @@ def loader(given: Mapping[str, str]) -> tuple[str, dict]:
         "input_share_of_a_step": round(1 / slowest / step, 5),
         "stream": stream,
     }
-    return device, result
-
-
-COMMANDS = {"loader": (loader, {"device", "images", "batch", "stream"})}
-
-
-def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in COMMANDS:
-        print(f"{__doc__}\nThere is: {', '.join(COMMANDS)}.")
-        return 2
-    try:
-        command, known = COMMANDS[arguments[0]]
-        device, result = command(options(arguments[1:], known))
-        path = write(arguments[0], device, result)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(path.read_text() + f"written to {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

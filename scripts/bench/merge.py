@@ -1,0 +1,81 @@
+"""A merged model's forward pass beside the bare backbone's: 1.00, since both run the same layers.
+
+One method at a time, interleaved with the bare backbone, the two in turn first. `control` is the
+bare backbone beside a copy of itself: how far from 1 this machine's clock alone goes.
+`operations_to_bare` is counted.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+
+import peft
+from scripts.bench import measure
+from scripts.bench.step import inference
+
+OPTIONS = {
+    "device": "cpu or cuda",
+    "backbone": "vit_b16_in21k",
+    "blocks": "2 on a CPU, 12 on a GPU",
+    "batch": "1 on a CPU, 32 on a GPU",
+    "rounds": "16 on a CPU, 50 on a GPU",
+    "methods": "names with commas; every one that merges",
+}
+
+
+def merge(given: Mapping[str, str]) -> dict:
+    device, backbone = given["device"], given.get("backbone", "vit_b16_in21k")
+    on_gpu = device.startswith("cuda")
+    depth = measure.number(given, "blocks", 12 if on_gpu else 2)
+    batch = measure.number(given, "batch", 32 if on_gpu else 1)
+    rounds = measure.number(given, "rounds", 50 if on_gpu else 16)
+    methods, _ = measure.chosen(given, backbone)
+    bare = measure.model_of(measure.configured(backbone, "linear", depth), device)
+    operations = measure.flops(inference(bare, device, batch))
+
+    def beside(other: torch.nn.Module) -> float:
+        works = {
+            "bare": inference(bare, device, batch),
+            "other": inference(other, device, batch),
+        }
+        return measure.ratio(measure.interleaved(works, device, rounds), "other", "bare")
+
+    rows, refused = [], {}
+    with measure.progress(len(methods), "merge (methods)") as bar:
+        control = beside(copy.deepcopy(bare))
+        for method in methods:
+            bar.update()
+            model = measure.model_of(measure.configured(backbone, method, depth), device)
+            if not peft.tuners(model):
+                refused[method] = "has no tuners: it is the plain backbone as it stands"
+                continue
+            try:
+                merged = peft.merge(model)
+            except TypeError as error:
+                refused[method] = str(error)
+                continue
+            counted = measure.flops(inference(merged, device, batch))
+            gained = set(merged.state_dict()) - set(bare.state_dict())
+            rows.append(
+                {
+                    "method": method,
+                    "merged_to_bare": round(beside(merged), 4),
+                    "unmerged_to_bare": round(beside(model), 4),
+                    "operations_to_bare": counted / operations,
+                    "tensors_gained": sorted(gained),
+                }
+            )
+    ratios = [row["merged_to_bare"] for row in rows]
+    return {
+        "measured": "a forward pass, " + ("bf16 autocast" if on_gpu else "fp32"),
+        "backbone": backbone,
+        "blocks": depth,
+        "batch_size": batch,
+        "rounds": rounds,
+        "control": round(control, 4),
+        "smallest": min(ratios, default=None),
+        "largest": max(ratios, default=None),
+        "methods": rows,
+        "not_merged": refused,
+    }

@@ -1,0 +1,132 @@
+"""Runs an hour when K of them train at once over one frozen backbone, beside one at a time.
+
+Steps are those of train.py: its packs, its optimiser, dropout drawn for each. Every pack is
+interleaved with the solo run of the same call. An hour's runs are counted by steps only, of 1,000
+images for 100 epochs: evaluation is not in them. `chosen` is the K with the most. The device's own
+rate is that of a large square matrix product in the precision of the steps; a pack's share of it
+counts K times the operations of a solo step, or the pack's own where these are fewer (what comes
+before the first tuner is computed once).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import nn
+
+import peft
+import train
+from peft.pack import Pack
+from scripts.bench import measure
+
+OPTIONS = {
+    "device": "cpu or cuda",
+    "backbone": "vit_b16_in21k",
+    "blocks": "2 on a CPU, 12 on a GPU",
+    "batch": "8 on a CPU, 32 on a GPU",
+    "members": "1,2,4 on a CPU, 1,2,4,8,16,32,64 on a GPU",
+    "rounds": "3 on a CPU, 10 on a GPU",
+    "methods": "lora,rlrr",
+}
+IMAGES, EPOCHS = 1000, 100
+
+
+def stepping(cfg: DictConfig, model: nn.Module, members: int, device: str, batch: int) -> Callable:
+    """A step of `members` runs of one configuration at once."""
+    state = {name: tensor.clone() for name, tensor in peft.adapter_state(model).items()}
+    packed = Pack(model, model, [state] * members, train.spared(cfg.optim.no_decay))
+    optimizer = train.make_optimizer(packed, [cfg.optim] * members)
+    images, labels = measure.batch_of(model, batch)
+    model.train()
+
+    def step() -> None:
+        with measure.mixed(device):
+            logits, penalties = packed(images)
+            every = F.cross_entropy(logits.flatten(0, 1), labels.repeat(members))
+        optimizer.zero_grad(set_to_none=True)
+        (every * members + penalties.sum()).backward()
+        optimizer.step()
+
+    return step
+
+
+def matmul_rate(device: str) -> float:
+    """Operations a second of a large square product, in the precision of the steps."""
+    side = 8192 if device.startswith("cuda") else 2048
+    kind = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    times = measure.interleaved({"product": lambda: a @ b}, device, 10)
+    return 2 * side**3 / median(times["product"])
+
+
+def packs(method: str, shape: Mapping, members: list[int], rounds: int, rate: float) -> list[dict]:
+    """A row for each K that fits the memory."""
+    device, batch = shape["device"], shape["batch"]
+    cfg = measure.configured(shape["backbone"], method, shape["depth"])
+    model = measure.model_of(cfg, device)
+    solo = stepping(cfg, model, 1, device, batch)
+    solo_flops = measure.flops(solo)
+    per_run = EPOCHS * math.ceil(IMAGES / batch)
+    rows = []
+    for k in members:
+        try:
+            works = {"solo": solo, "pack": stepping(cfg, model, k, device, batch)}
+            executed = measure.flops(works["pack"])
+            if device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats(device)
+            times = measure.interleaved(works, device, rounds)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            rows.append({"members": k, "fits": False})
+            break
+        took = median(times["pack"])
+        row = {
+            "members": k,
+            "step_seconds": round(took, 5),
+            "runs_per_hour": round(3600 * k / took / per_run, 3),
+            "to_one_at_a_time": round(k / measure.ratio(times, "pack", "solo"), 3),
+            "gflop": round(executed / 1e9, 1),
+            "gflop_to_solo": round(executed / solo_flops / k, 3),
+            "share_of_matmul_rate": round(min(executed, k * solo_flops) / took / rate, 3),
+        }
+        if device.startswith("cuda"):
+            row["peak_mebibytes"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+        rows.append(row)
+    return rows
+
+
+def pack(given: Mapping[str, str]) -> dict:
+    device = given["device"]
+    on_gpu = device.startswith("cuda")
+    shape = {
+        "backbone": given.get("backbone", "vit_b16_in21k"),
+        "depth": measure.number(given, "blocks", 12 if on_gpu else 2),
+        "device": device,
+        "batch": measure.number(given, "batch", 32 if on_gpu else 8),
+    }
+    rounds = measure.number(given, "rounds", 10 if on_gpu else 3)
+    listed = given.get("members", "1,2,4,8,16,32,64" if on_gpu else "1,2,4").split(",")
+    members = [measure.number({"members": k}, "members", 1) for k in listed]
+    methods, _ = measure.chosen(given, shape["backbone"], ("lora", "rlrr"))
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    rate, found = matmul_rate(device), []
+    with measure.progress(len(methods), "pack (methods)") as bar:
+        for method in methods:
+            rows = packs(method, shape, members, rounds, rate)
+            best = max(rows, key=lambda row: row.get("runs_per_hour", 0))
+            found.append({"method": method, "chosen": best["members"], "packs": rows})
+            bar.update()
+    return {
+        "measured": f"a training step, {'bf16 autocast' if on_gpu else 'fp32'}, not compiled; "
+        f"a run is {EPOCHS} epochs of {IMAGES} images, without evaluation",
+        "backbone": shape["backbone"],
+        "blocks": shape["depth"],
+        "batch_size": shape["batch"],
+        "rounds": rounds,
+        "matmul_tflops_per_second": round(rate / 1e12, 3),
+        "methods": found,
+    }
