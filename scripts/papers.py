@@ -205,6 +205,7 @@ class _Builder:
         printed = Line(r, "published", key, dict(labels))
         ours = Line(r, "ours", key, dict(labels))
         change = Line(r, "delta", key, dict(labels))
+        scores = {column.key for column in table.columns if column.kind == "score"}
         lacking: dict[str, list[str]] = {}
         for identity, cells in part.groupby(published.ROW, sort=False):
             self.mark(printed, identity)
@@ -212,7 +213,9 @@ class _Builder:
             self.published_part(printed, identity, cells)
             for column, entry, digits in self.our_part(identity, cells, here, table.columns):
                 ours.entries[column] = entry
-                change.entries[column] = delta(entry, printed.entries.get(column, NOTHING), digits)
+                if column in scores:
+                    published_entry = printed.entries.get(column, NOTHING)
+                    change.entries[column] = delta(entry, published_entry, digits)
             if any(runs.peeks(cell.record) for cell in here.values()):
                 ours.marks, ours.why = DAGGER, {DAGGER: "the epoch was chosen on the test set"}
             needed = self.needed(identity, cells)
@@ -324,7 +327,7 @@ class _Builder:
         said = [
             "Published figures are as printed. Best bold, second underlined, for each backbone, "
             "among the published and among ours apart. A published parameter count stands in the "
-            "column whose convention it follows."
+            "column whose convention it follows. Δ is ours less the published."
         ]
         if any(entry.computed for line in table.lines for entry in line.entries.values()):
             said.append("In italics: means that the paper does not print, computed from its cells.")

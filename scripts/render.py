@@ -6,14 +6,14 @@ import io
 import re
 from collections.abc import Callable
 
-from scripts.tables import DASH, DOUBT, Column, Entry, Line, Table
+from scripts.tables import DASH, DOUBT, NOTHING, Column, Entry, Line, Table
 
-SOURCES = {"published": "published", "ours": "ours", "delta": "ours − published"}
+SOURCES = {"published": "published", "ours": "ours", "delta": "Δ"}
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "†": r"\dag{}", "‡": r"\ddag{}", "±": r"$\pm$", "–": "--", "−": "$-$", "×": r"$\times$",
-    "≤": r"$\le$", "<": r"\textless{}", ">": r"\textgreater{}",
+    "≤": r"$\le$", "Δ": r"$\Delta$", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 
 
@@ -27,12 +27,14 @@ def _fields(table: Table) -> list[tuple[Column, Callable[[Line], Entry]]]:
     return fields
 
 
-def _below(table: Table) -> list[str]:
-    """The sentences that follow a table."""
-    below = [*table.notes, *(f"{DOUBT} {erratum}" for erratum in table.errata)]
-    for row in table.missing:
-        below.append(f"{row.label}: {row.what}" + (f"; {row.why}" if row.why else ""))
-    return below
+def _label_once(table: Table, line: Line, column: Column, entry: Entry) -> Entry:
+    """Nothing for the label of a row in all but its first line."""
+    repeated = column.kind == "label" and column.key != "source"
+    return NOTHING if repeated and line is not _first(table, line) else entry
+
+
+def _first(table: Table, line: Line) -> Line:
+    return next(other for other in table.lines if other.row == line.row)
 
 
 def markdown(table: Table) -> str:
@@ -40,10 +42,11 @@ def markdown(table: Table) -> str:
     marks = {1: "**{}**", 2: "<u>{}</u>"}
 
     def show(line: Line, column: Column, entry: Entry, first: bool) -> str:
+        entry = _label_once(table, line, column, entry)
         text = entry.text.replace("|", r"\|").replace("<", "&lt;")
         text = f"*{text}*" if entry.computed and text else text
         text = marks.get(entry.rank, "{}").format(text) + DOUBT * bool(entry.doubt)
-        return text + line.marks * (first and bool(text))
+        return text + line.marks * first
 
     fields = _fields(table)
     text = f"# {table.title}\n\n"
@@ -52,7 +55,7 @@ def markdown(table: Table) -> str:
         rows = [[column.title for column, _ in fields], sides]
         for line in table.lines:
             marked = _marked(table, line)
-            rows.append([show(line, c, get(line), c is marked) for c, get in fields])
+            rows.append([show(line, c, get(line), c.key == marked) for c, get in fields])
         text += "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n"
     text += "".join(f"- {note}\n" for note in table.notes)
     if table.errata:
@@ -66,53 +69,51 @@ def markdown(table: Table) -> str:
     return text
 
 
-def _marked(table: Table, line: Line) -> Column | None:
-    """The field that carries a row's marks: the last label that says something."""
-    labels = [c for c in table.columns if c.kind == "label" and line.entry(c).text]
-    return next((c for c in labels if c.key == "method"), labels[-1] if labels else None)
+def _marked(table: Table, line: Line) -> str:
+    """The field that carries a row's marks: its method, or who measured where that stands above."""
+    labels = [c.key for c in table.columns if c.kind == "label" and line.entry(c).text]
+    if line is not _first(table, line) or not labels:
+        return "source"
+    return "method" if "method" in labels else labels[-1]
 
 
 def latex(table: Table) -> str:
-    """A `table*` for booktabs and graphicx, fitted to the width of the text."""
+    """A `table*` for booktabs and graphicx, no wider than the text, with its notes. The commands
+    that fill missing cells are left to the other formats."""
 
     def show(line: Line, column: Column, entry: Entry, first: bool) -> str:
-        text = _tex(entry.text)
+        entry = _label_once(table, line, column, entry)
+        mean, _, std = entry.text.partition(" ± ")
+        text = _tex(mean)
         text = rf"\textit{{{text}}}" if entry.computed and text else text
         text = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(entry.rank, "%s") % text
-        text += r"\textsuperscript{?}" if entry.doubt else ""
-        marks = _tex(line.marks) if first else ""
-        return text + (rf"\textsuperscript{{{marks}}}" if marks else "")
+        text += rf"{{\scriptsize$\pm${std}}}" if std else ""
+        marks = DOUBT * bool(entry.doubt) + (line.marks if first else "")
+        return text + (rf"\textsuperscript{{{_tex(marks)}}}" if marks else "")
 
     fields = _fields(table)
     head = f"% {table.title}\n% Needs \\usepackage{{booktabs,graphicx}}.\n"
-    notes = "".join(f"\\item {_tex(note)}\n" for note in _below(table))
-    lists = f"\\begin{{itemize}}\n{notes}\\end{{itemize}}\n" if notes else ""
+    below = [*table.notes, *(f"{DOUBT} {erratum}" for erratum in table.errata)]
+    notes = "\\\\\n".join(_tex(note) for note in below)
     if not fields:
-        return head + lists
-    lines = [
-        "".join("l" if column.kind == "label" else "r" for column, _ in fields).join(
-            ("\\begin{tabular}{@{}", "@{}}")
-        ),
-        "\\toprule",
-        " & ".join(_headed(column) for column, _ in fields) + r" \\",
-        "\\midrule",
-    ]
-    for line, before in zip(table.lines, [None, *table.lines]):
-        if before and before.row != line.row and len({x.source for x in table.lines}) > 1:
-            lines.append("\\addlinespace")
+        return head + notes + "\n"
+    sides = "".join("l" if column.kind == "label" else "r" for column, _ in fields)
+    titles = " & ".join(_headed(column) for column, _ in fields)
+    lines = [f"\\begin{{tabular}}{{@{{}}{sides}@{{}}}}", r"\toprule", titles + r" \\", r"\midrule"]
+    for line in table.lines:
+        if line is _first(table, line) and line.row and line.source != "ours":
+            lines.append(r"\addlinespace")
         marked = _marked(table, line)
-        texts = [show(line, c, get(line), c is marked) for c, get in fields]
+        texts = [show(line, c, get(line), c.key == marked) for c, get in fields]
         lines.append(" & ".join(texts) + r" \\")
-    body = "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
+    body = "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
     return (
-        f"{head}\\begin{{table*}}[p]\n\\centering\n\\caption{{{_tex(table.title)}}}\n"
-        f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n"
-        f"{body}}}\n\\end{{table*}}\n{_smaller(lists)}"
+        f"{head}\\begin{{table*}}[p]\n\\centering\n\\setlength{{\\tabcolsep}}{{3pt}}\n"
+        f"\\caption{{{_tex(table.title)}}}\n"
+        "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+        f"{body}}}\n\n\\smallskip\n\\parbox{{\\linewidth}}{{\\scriptsize\\raggedright\n"
+        f"{notes}}}\n\\end{{table*}}\n"
     )
-
-
-def _smaller(text: str) -> str:
-    return f"{{\\footnotesize\n{text}}}\n" if text else ""
 
 
 def _headed(column: Column) -> str:
@@ -149,7 +150,7 @@ def html(table: Table) -> str:
         parts.append("</tr></thead>\n<tbody>")
         for line in table.lines:
             marked = _marked(table, line)
-            row = "".join(show(line, c, get(line), c is marked) for c, get in fields)
+            row = "".join(show(line, c, get(line), c.key == marked) for c, get in fields)
             parts.append(f'<tr class="{line.source}">{row}</tr>')
         parts.append("</tbody>\n</table>")
     parts += _list("", table.notes)

@@ -59,9 +59,10 @@ def collect(folder: str | Path) -> list[dict]:
     folder = Path(folder)
     paths = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
     if not paths:
+        failed = " (but a failure.json, which says why)" * (folder / "failure.json").exists()
         raise FileNotFoundError(
-            f"There is no record.json below {folder}: run something first (make demo, python "
-            "train.py, python sweep.py), or name the folder where the runs are."
+            f"There is no record.json below {folder}{failed}: run something first (make demo, "
+            "python train.py, python sweep.py), or name the folder where the runs are."
         )
     found = [records.read(path) | {"file": str(path)} for path in paths]
     for record in found:

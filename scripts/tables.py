@@ -198,6 +198,10 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
         table.lines.append(line)
     table.rank()
     table.notes = notes([cell for row in grid.values() for cell in row.values()])
+    if any(line.marks for line in table.lines):
+        table.notes.append(
+            f"{DAGGER} Best epoch on the test set: comparable only with rows so marked."
+        )
     return table
 
 
@@ -244,8 +248,6 @@ def notes(cells: Sequence[Cell]) -> list[str]:
             found.append(f"Fixed learning rate and weight decay, not tuned: {fixed}.")
     backbones = {(c.record["backbone"], c.record["provenance"]["weights"]) for c in cells}
     found.append("Backbone: " + runs.listed(f"{name} ({file})" for name, file in backbones) + ".")
-    if any(runs.peeks(cell.record) for cell in cells):
-        found.append(f"{DAGGER} Best epoch on the test set: comparable only with rows so marked.")
     return found
 
 
@@ -254,4 +256,5 @@ def delta(ours: Entry, published: Entry, digits: int) -> Entry:
     if ours.value is None or published.value is None:
         return NOTHING
     difference = ours.value - published.value
-    return Entry(f"{difference:+.{digits}f}".replace("-", "−"), difference)
+    text = f"{difference:+.{digits}f}".replace("-", "−")
+    return Entry(text if text.strip("+−0.") else text[1:], difference)

@@ -110,7 +110,7 @@ def document(made: dict[str, Table]) -> str:
     """A LaTeX document of all tables: pdflatex all.tex in its folder."""
     inputs = "\n".join(f"\\input{{{name}.tex}}\n\\clearpage" for name in made)
     return (
-        "\\documentclass[a4paper]{article}\n\\usepackage[T1]{fontenc}\n"
+        "\\documentclass[a4paper]{article}\n"
         "\\usepackage[landscape,margin=1.5cm]{geometry}\n\\usepackage{booktabs,graphicx}\n"
         f"\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
     )
