@@ -110,7 +110,7 @@ class Execution:
                     "cell": f"{self.cfg.sweep.name}: {cell.name}",
                     "keys": [r.key for r in runs],
                     "folders": [str(r.folder.absolute()) for r in runs],
-                    "configs": [absolute(r.config) for r in runs],
+                    "configs": [absolute(r.config) | {"pack": self.cfg.pack} for r in runs],
                     "silent": [self.silent[r] for r in runs if r in self.silent],
                     "heartbeat": self.cfg.heartbeat,
                     "grace": 60,

@@ -2,8 +2,8 @@
 
     python train.py method=rlrr dataset=mini/dsprites_location optim.lr=3e-3 seed=42
     python train.py -m method=lora,ssf,rlrr seed=42,44                      # Hydra's own multirun
-    python train.py method=rlrr info=true                                   # what it would touch
-    and train
+    python train.py method=rlrr info=true                   # what it would touch and train
+    torchrun --nproc-per-node 2 train.py backbone=vit_l16_in21k dataset=vtab/pets   # several GPUs
 
 A finished run leaves record.json, adapter.safetensors and log.csv in a folder of its own under
 results/runs; the same command again finds them and stops. A run that was interrupted goes on from
@@ -12,28 +12,28 @@ its last checkpoint, to the same bits on the CPU.
 
 import gc
 import math
-import resource
-import shutil
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import peft
 from data.features import cached_features
+from data.mixing import Mix, mixing
 from eval import autocast_of, device_of, evaluate, loader_of, model_of
 from peft import config as configuration
+from peft import parallel
 from peft import record as records
 from peft.checkpoint import History, Stop, resume, save_state
-from peft.pack import Pack, Unstackable, why_not
+from peft.member import Run
+from peft.memory import checkpointed, fastest_pack, peak_memory, with_advice
+from peft.optimiser import check, learning_rate, length, make_optimizer, spared
+from peft.pack import Pack, Unstackable, numbers_of, why_not
 from peft.watch import Progress, describe, mirror, write_log
 
 
@@ -44,6 +44,7 @@ def run(cfg: DictConfig) -> float:
         print(describe(model_of(cfg, torch.device("cpu"))))
         return 0.0
     (outcome,) = run_pack([cfg])
+    parallel.leave()
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -63,125 +64,75 @@ def run_pack(cfgs: list[DictConfig]) -> list[float | Exception]:
         raise ValueError(
             f"these {len(runs)} runs cannot be stacked: {reason}; train them one at a time"
         )
+    for one in runs:
+        check(one.cfg.optim)
+    device = parallel.join(device_of(cfgs[0].device))
     found: dict[Path, float | Exception] = {}
-    missing = {run.folder: run for run in runs if not found_done(run, found)}
-    waiting = [run for run in missing.values() if prepared(run, found)]
-    size = pack_size(waiting)
-    for start in range(0, len(waiting), size):
-        found |= attempt(waiting[start : start + size])
-    return [found[run.folder] for run in runs]
+    waiting = {}
+    for one in runs:
+        if (top1 := one.done()) is not None:
+            found[one.folder] = top1
+        elif one.folder not in waiting:
+            try:
+                one.prepare()
+            except OSError as error:
+                found[one.folder] = error
+            else:
+                waiting[one.folder] = one
+    parallel.wait()
+    missing = list(waiting.values())
+    size = pack_size(missing, device)
+    for start in range(0, len(missing), size):
+        found |= attempt(missing[start : start + size], device)
+    parallel.wait()
+    return [found[one.folder] for one in runs]
 
 
-@dataclass
-class Run:
-    """One member: its configuration, what of it makes its identity, and its folder."""
-
-    cfg: DictConfig
-
-    def __post_init__(self) -> None:
-        self.config = records.portable(configuration.plain(self.cfg))
-        self.key = records.key_of(self.config)
-        self.folder = records.folder_of(self.config, self.cfg.runs_dir)
-
-
-def found_done(run: Run, found: dict) -> bool:
-    path = run.folder / "record.json"
-    if run.cfg.force or not path.is_file():
-        return False
-    found[run.folder] = headline(records.read(path))
-    print(
-        f"already done: {found[run.folder]:.2f} % in {run.folder} (force=true trains it again)"
-    )
-    return True
-
-
-def prepared(run: Run, found: dict) -> bool:
-    """Whether there is a folder to write to; otherwise the reason is in `found`."""
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        records.write(run.folder / ".writable", "")
-        (run.folder / ".writable").unlink()
-    except OSError as error:
-        found[run.folder] = OSError(
-            f"cannot write to {run.folder}: {error.strerror}. Make it writable, or give "
-            "runs_dir=FOLDER"
-        )
-        found[run.folder].__cause__ = error
-        return False
-    if run.cfg.force:
-        shutil.rmtree(run.folder)
-        run.folder.mkdir()
-    return True
-
-
-def pack_size(runs: list[Run]) -> int:
+def pack_size(runs: list[Run], device: torch.device) -> int:
     """How many of these runs are trained at once."""
-    asked = runs[0].cfg.pack if runs else 1
-    return max(1, len(runs)) if asked == "all" else int(asked)
+    if len(runs) < 2 or parallel.world() > 1 or runs[0].cfg.grad_checkpointing:
+        return 1
+    asked = runs[0].cfg.pack
+    if asked not in ("auto", "all"):
+        return max(1, int(asked))
+    if asked == "all":
+        return len(runs)
+    if device.type == "cpu":
+        return 1  # measured: stacking saves launches, of which a CPU has none
+    cfg = runs[0].cfg
+    batch = torch.Size([cfg.optim.batch_size, 3, cfg.image_size, cfg.image_size])
+    model, autocast = model_of(cfg, device), autocast_of(cfg.precision, device)
+    size = fastest_pack(model, batch, autocast, len(runs))
+    torch.cuda.empty_cache()
+    print(f"{size} of {len(runs)} runs train at once: more were not faster, or did not fit")
+    return size
 
 
-def attempt(runs: list[Run]) -> dict[Path, float | Exception]:
+def attempt(runs: list[Run], device: torch.device) -> dict[Path, float | Exception]:
     """Trains one pack and leaves records and failures."""
     try:
-        outcomes = train(runs)
+        outcomes = train(runs, device)
     except Exception as error:
-        small = isinstance(error, (torch.OutOfMemoryError, Unstackable)) and len(runs) > 1
-        if not small:
-            return {run.folder: failed(run, error) for run in runs}
-        said, half = str(error).splitlines()[0], len(runs) // 2
-        half = half if isinstance(error, torch.OutOfMemoryError) else 1
+        full, said = isinstance(error, torch.OutOfMemoryError), str(error).partition("\n")[0]
+        if len(runs) == 1 or not (full or isinstance(error, Unstackable)):
+            return {one.folder: one.fail(with_advice(error)) for one in runs}
+        half = len(runs) // 2 if full else 1
         print(f"a pack of {len(runs)} does not work ({said}): going on with {half} at a time")
     else:
-        return {run.folder: finished(run, out) for run, out in zip(runs, outcomes, strict=True)}
+        return {one.folder: one.finish(out) for one, out in zip(runs, outcomes, strict=True)}
     gc.collect()  # the exception held the tensors of the pack that did not fit
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     found = {}
     for start in range(0, len(runs), half):
-        found |= attempt(runs[start : start + half])
+        found |= attempt(runs[start : start + half], device)
     return found
 
 
-def failed(run: Run, error: Exception) -> Exception:
-    reason = {
-        "status": "failed",
-        "reason": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-        "config": run.config,
-    }
-    try:
-        records.write(run.folder / "failure.json", reason)
-    except OSError as other:
-        print(f"and {run.folder / 'failure.json'} could not be written: {other}")
-    return error
-
-
-def finished(run: Run, outcome: dict | Exception) -> float | Exception:
-    if isinstance(outcome, Exception):
-        return failed(run, outcome)
-    try:
-        records.write(run.folder / "record.json", outcome)
-    except OSError as error:
-        return failed(run, error)
-    for leftover in ("state.pt", "failure.json"):
-        (run.folder / leftover).unlink(missing_ok=True)
-    print(
-        f"{outcome['method']} on {outcome['task']}: {headline(outcome):.2f} % "
-        f"({outcome['selection']}), in {run.folder}"
-    )
-    return headline(outcome)
-
-
-def headline(record: dict) -> float:
-    metrics = record["metrics"]
-    return metrics.get("top1_best", metrics.get("top1_last", metrics.get("top1_val")))
-
-
-def train(runs: list[Run]) -> list[dict | Exception]:
+def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     """The runs themselves: build, attach, fit, evaluate; returns for each its record, or what ended
     it alone."""
     cfg = runs[0].cfg
-    device = device_of(cfg.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
@@ -192,77 +143,67 @@ def train(runs: list[Run]) -> list[dict | Exception]:
     model = model_of(cfg, device)
     weights_sha256, counts = peft.core.digest(model), peft.count(model)
     peeks = cfg.phase == "final" and cfg.protocol.selection == "best_on_test"
-    starts = {}
-    for seed in dict.fromkeys(run.cfg.seed for run in runs):
-        other = model if seed == cfg.seed else model_of(configured(cfg, seed), device)
-        starts[seed] = {name: t.clone() for name, t in peft.adapter_state(other).items()}
+    kinds = {}
+    for one in runs:
+        kind = one.cfg.seed, str(one.config["method"])
+        if kind not in kinds:
+            other = model_of(one.cfg, device) if kinds else model
+            state = {name: t.clone() for name, t in peft.adapter_state(other).items()}
+            kinds[kind] = state, numbers_of(other)
+    starts, numbers = zip(*(kinds[o.cfg.seed, str(o.config["method"])] for o in runs), strict=True)
 
-    net, batches, scoring = cached_features(model, loader, scored, autocast)
-    net.train()
-    pack = Pack(
-        model,
-        net,
-        [starts[run.cfg.seed] for run in runs],
-        spared(cfg.optim.no_decay),
-        same_draws=len(starts) == 1,
+    if cfg.grad_checkpointing:
+        checkpointed(model)
+    optim = cfg.optim
+    mix = mixing(
+        *(optim.mixup, optim.cutmix, optim.label_smoothing), cfg.dataset.num_classes, cfg.data_seed
     )
-    history = fit(pack, batches, scoring if peeks else None, runs, autocast)
+    net, batches, judged, scoring = model, loader, model, scored
+    if mix is None:
+        net, batches, judged, scoring = cached_features(model, loader, scored, autocast)
+    net.train()
+    same_draws = len({one.cfg.seed for one in runs}) == 1
+    pack = Pack(model, net, starts, spared(optim.no_decay), numbers, same_draws, bool(optim.ema))
+    if parallel.world() > 1:
+        pack.share(device)
+    if cfg.compile:
+        failure = pack.compile(cfg.compile, next(batches.epoch())[0], autocast)
+        if failure:
+            print(f"compile={cfg.compile} does not work here ({failure}): going on without it")
+    history = fit(pack, batches, (judged, scoring) if peeks else None, runs, autocast, mix)
 
     results: list[dict | Exception] = []
-    for k, run in enumerate(runs):
+    default = configuration.compose("train", [f"method={cfg.method.name}"]).method
+    for k, one in enumerate(runs):
         if k in history.failed:
             results.append(FloatingPointError(history.failed[k]))
             continue
-        pack.show(k)
-        accuracy, log = evaluate(net, scoring, autocast), history.logs[k]
-        state = {
-            name: tensor.cpu().contiguous().clone()
-            for name, tensor in peft.adapter_state(model).items()
-        }
-        records.write(run.folder / "adapter.safetensors", save(state))
-        write_log(run.folder, log)
-        metrics = {
-            "top1_val" if cfg.phase == "grid" else "top1_last": accuracy,
-            "loss_last": log[-1]["loss"],
-        }
+        with pack.shown(k):
+            accuracy, log = evaluate(judged, scoring, autocast), history.logs[k]
+            state = {
+                name: tensor.cpu().contiguous().clone()
+                for name, tensor in peft.adapter_state(model).items()
+            }
+        if parallel.first():
+            records.write(one.folder / "adapter.safetensors", save(state))
+            write_log(one.folder, log)
+        headline = "top1_val" if cfg.phase == "grid" else "top1_last"
+        metrics = {headline: accuracy, "loss_last": log[-1]["loss"]}
         if peeks:
             metrics["top1_best"] = max(row["top1"] for row in log)
-        used = (
-            torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        default = configuration.plain(
-            configuration.compose("train", [f"method={cfg.method.name}"]).method
-        )
-        seconds = history.seconds / len(runs)  # its share of the pack's
         results.append(
-            {
-                "key": run.key,
-                "phase": cfg.phase,
-                "config": run.config,
-                "suite": cfg.dataset.suite,
-                "task": cfg.dataset.name,
-                "group": cfg.dataset.group,
-                "backbone": cfg.backbone.name,
-                "method": cfg.method.name,
-                "variant": records.variant_of(run.config["method"], default),
-                "seed": run.cfg.seed,
-                "protocol": cfg.protocol.name,
-                "selection": cfg.protocol.selection,
-                "trained_on": splits.train_on,
-                "selected_from": configuration.plain(run.cfg.selected_from),
-                "metrics": metrics,
-                "tuned_params": counts["tuned"],
-                "head_params": counts["head"],
-                "seconds": round(seconds, 3),
-                "images_per_second": round(
-                    sum(row["images"] for row in log) / max(seconds, 1e-9), 2
-                ),
-                "peak_memory_bytes": used,
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "provenance": records.environment()
-                | {
+            records.assemble(
+                one.config,
+                key=one.key,
+                variant=records.variant_of(one.config["method"], configuration.plain(default)),
+                selected_from=configuration.plain(one.cfg.selected_from),
+                metrics=metrics,
+                counts=counts,
+                images=sum(row["images"] for row in log),
+                seconds=history.seconds / len(runs),  # its share of the pack's
+                memory=peak_memory(device),
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                provenance={
                     "weights": weights_name(cfg),
                     "weights_sha256": weights_sha256,
                     "data_sha256": {
@@ -275,16 +216,11 @@ def train(runs: list[Run]) -> list[dict | Exception]:
                     "std": list(loader.std),
                     "precision": cfg.precision if autocast._enabled else "fp32",
                     "pack": len(runs),
+                    "processes": parallel.world(),
                 },
-            }
+            )
         )
     return results
-
-
-def configured(cfg: DictConfig, seed: int) -> DictConfig:
-    other = cfg.copy()
-    other.seed = seed
-    return other
 
 
 def weights_name(cfg: DictConfig) -> str:
@@ -300,19 +236,22 @@ def weights_name(cfg: DictConfig) -> str:
 def fit(
     pack: Pack,
     batches: data.Loader,
-    peek: data.Loader | None,
+    peek: tuple[nn.Module, data.Loader] | None,
     runs: list[Run],
     autocast: torch.autocast,
+    mix: Mix | None = None,
 ) -> History:
     """The loop, over one run or a pack of them.
 
-    Raises FloatingPointError when the loss of all members is not a number, KeyboardInterrupt at
-    SIGINT or SIGTERM after writing a checkpoint.
+    peek: what is judged after every epoch, and on which images. Raises FloatingPointError when the
+    loss of all members is not a number, KeyboardInterrupt at SIGINT or SIGTERM after writing a
+    checkpoint.
     """
     cfg, device = runs[0].cfg, batches.device
-    optim, optims = cfg.optim, [run.cfg.optim for run in runs]
+    optim, optims = cfg.optim, [one.cfg.optim for one in runs]
     per_epoch = len(batches)
     total = length(optim, per_epoch)
+    smoothing = 0.0 if mix else optim.label_smoothing  # mixed labels are smooth already
     torch.manual_seed(cfg.seed + 1)  # dropout, apart from initialisation
     optimizer = make_optimizer(pack, optims)
     scaler = torch.amp.GradScaler(
@@ -320,51 +259,59 @@ def fit(
     )
     sums = torch.zeros(len(runs), 3, dtype=torch.double, device=device)
     history = History(0, 0.0, [[] for _ in runs], sums)
-    state, keys = runs[0].folder / "state.pt", [run.key for run in runs]
+    state, keys = runs[0].folder / "state.pt", [one.key for one in runs]
     resume(state, keys, pack, optimizer, scaler, history, device)
-    mirrors = [mirror(cfg.logger, run.config, run.folder) for run in runs]
+    quiet = not parallel.first()
+    if quiet:  # dropout of its own; what was summed up before an interruption the first one holds
+        torch.manual_seed(cfg.seed + 1 + 1_000_003 * parallel.rank() + history.step)
+        history.sums.zero_()
+    parallel.wait()
+    mirrors = [] if quiet else [mirror(cfg.logger, one.config, one.folder) for one in runs]
     stop = Stop()
     started, saved = time.monotonic() - history.seconds, time.monotonic()
 
     def pause() -> None:
         """Writes a checkpoint when it is time or a signal came; the latter then ends the run."""
         nonlocal saved
-        if stop.asked or time.monotonic() - saved > cfg.checkpoint_seconds:
+        due = time.monotonic() - saved > cfg.checkpoint_seconds
+        asked, due = parallel.agreed([stop.asked, due])
+        if asked or due:
             history.seconds = time.monotonic() - started
-            save_state(state, keys, pack, optimizer, scaler, history, device)
+            history.sums = parallel.gathered(history.sums)
+            if not quiet:
+                save_state(state, keys, pack, optimizer, scaler, history, device)
             saved = time.monotonic()
-        if stop.asked:
+        if asked:
             raise KeyboardInterrupt
 
     title = f"{cfg.method.name} {cfg.dataset.name}" + (f" x {len(runs)}" if len(runs) > 1 else "")
-    progress = Progress(title, total, history.step, batches.batch_size)
+    progress = Progress(title, total, history.step, batches.batch_size, quiet)
     with stop, progress:
         while history.step < total:
             pack.net.train()
             epoch, start = divmod(history.step, per_epoch)
-            for images, labels in batches.epoch(epoch, start):
+            for batch, (images, labels) in enumerate(batches.epoch(epoch, start), start):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(history.step, per_epoch, optims[group["member"]])
-                with autocast:
-                    logits, penalties = pack(images)  # (K, B, classes), (K,)
-                    losses = penalties + F.cross_entropy(
-                        logits.flatten(0, 1),
-                        labels.repeat(len(logits)),
-                        label_smoothing=optim.label_smoothing,
-                        reduction="none",
-                    ).view(len(logits), -1).mean(1)
+                images, targets = mix(images, labels, epoch, batch) if mix else (images, labels)
                 optimizer.zero_grad(set_to_none=True)
-                scaler.scale(losses.sum()).backward()
+                for piece, weight, last in parallel.pieces(len(labels), optim.accumulate):
+                    with autocast, pack.quiet(last):
+                        logits, penalties = pack(images[piece])  # (K, B, classes), (K,)
+                        losses = weight * (penalties + entropies(logits, targets[piece], smoothing))
+                    scaler.scale(losses.sum()).backward()
+                    right = (logits.argmax(2) == labels[piece]).sum(1) * bool(weight)
+                    seen = torch.full_like(right, len(labels[piece]) * bool(weight))
+                    lost = losses.detach() * (len(labels) / parallel.world())
+                    history.sums += torch.stack([lost, right, seen], 1).double()
                 scaler.unscale_(optimizer)
                 for k in pack.members:
                     if optims[k].clip_norm:
                         nn.utils.clip_grad_norm_(pack.trained(k), optims[k].clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
-                right = (logits.argmax(2) == labels).sum(1)
-                seen = torch.full_like(right, len(labels))
-                news = torch.stack([losses.detach() * len(labels), right, seen], 1)
-                history.sums += news.double()
+                if optim.ema:
+                    pack.average(optim.ema)
                 history.step += 1
                 progress.step(history.sums)
                 if history.step == total:
@@ -372,7 +319,7 @@ def fit(
                 if history.step % per_epoch:
                     pause()
             for k, (loss_sum, right_sum, seen) in zip(
-                list(pack.members), history.sums.tolist(), strict=True
+                list(pack.members), parallel.total(history.sums).tolist(), strict=True
             ):
                 if not math.isfinite(loss_sum):
                     history.failed[k] = (
@@ -391,11 +338,12 @@ def fit(
                     "images": int(seen),
                 }
                 if peek is not None:
-                    pack.show(k)
-                    row["top1"] = evaluate(pack.net, peek, autocast)
+                    with pack.shown(k):
+                        row["top1"] = evaluate(*peek, autocast)
                 history.logs[k].append(row)
-                write_log(runs[k].folder, history.logs[k])
-                mirrors[k](row)
+                if not quiet:
+                    write_log(runs[k].folder, history.logs[k])
+                    mirrors[k](row)
                 progress.epoch(row, math.ceil(total / per_epoch))
             history.sums = torch.zeros_like(history.sums[: len(pack.members)])
             # after the last batch of an epoch only here: a checkpoint must hold the row, too
@@ -404,47 +352,14 @@ def fit(
     return history
 
 
-def length(optim: DictConfig, per_epoch: int) -> int:
-    """Optimiser steps of a run: `optim.steps`, or else those of its epochs."""
-    return int(optim.steps or int(optim.epochs) * per_epoch)
-
-
-def learning_rate(step: int, per_epoch: int, optim: DictConfig) -> float:
-    """Linear warm-up from 0, then a cosine to `min_lr` at the last step; a pure function of the
-    step."""
-    total, warmup = length(optim, per_epoch), optim.warmup_epochs * per_epoch
-    if step < warmup:
-        return optim.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total - warmup)
-    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def spared(rule: str) -> Callable[[str, torch.Tensor], bool]:
-    """What is spared weight decay, as a question about a parameter and its name."""
-    rules = {
-        "one_dim": lambda name, p: p.dim() < 2,
-        "names": lambda name, p: "bias" in name or "norm" in name,
-        "none": lambda name, p: False,
-    }
-    if rule not in rules:
-        raise ValueError(f"optim.no_decay={rule} is none of {', '.join(rules)}")
-    return rules[rule]
-
-
-def make_optimizer(pack: Pack, optims: list[DictConfig]) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups a member, with and without weight decay."""
-    optim = optims[0]
-    groups = [
-        {"params": leaves, "member": k, "lr": optims[k].lr, "weight_decay": decay}
-        for k in pack.members
-        for leaves, decay in zip(pack.leaves[k], (optims[k].weight_decay, 0.0), strict=True)
-        if leaves
-    ]
-    if optim.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=tuple(optim.betas), fused=True)
-    if optim.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=optim.momentum, fused=True)
-    raise ValueError(f"optim.optimizer={optim.optimizer} is neither adamw nor sgd")
+def entropies(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of each member, (K,), from (K, B, classes) and labels (B,) or probabilities
+    (B, classes)."""
+    repeated = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), repeated, label_smoothing=smoothing, reduction="none"
+    )
+    return losses.view(len(logits), -1).mean(1)
 
 
 main = configuration.entry("train")(run)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft.core import adapter_state, load_adapter_state
 from peft.pack import Pack
+from peft.parallel import first
 from peft.record import write
 
 
@@ -59,6 +60,7 @@ def save_state(
         "keys": keys,
         "model": adapter_state(pack.model),
         "leaves": pack.leaves,
+        "averages": pack.averages,
         "members": pack.members,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -96,7 +98,7 @@ def resume(
         print(f"{path} is of a pack with other members: starting afresh")
         return
     load_adapter_state(pack.model, state["model"])
-    pack.load(state["leaves"])
+    pack.load(state["leaves"], state.get("averages"))
     for k in set(pack.members) - set(state["members"]):
         pack.drop(k, optimizer)
     optimizer.load_state_dict(state["optimizer"])
@@ -105,4 +107,5 @@ def resume(
     torch.set_rng_state(state["rng"].cpu())
     if state["cuda_rng"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
-    print(f"going on from step {history.step} of {path.parent.name}")
+    if first():
+        print(f"going on from step {history.step} of {path.parent.name}")

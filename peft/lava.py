@@ -73,9 +73,7 @@ class LAVA(WeightTuner):
         known |= {"x": [self.x], "y": [self.y]} if self.x is not None else {}
         return known.get(self.ortho)
 
-    def penalty(self) -> Tensor | float:
-        if not self.strength:
-            return 0.0
+    def penalty(self) -> Tensor:
         gap = [f.mT @ f - torch.eye(f.shape[-1]).to(f) for f in self.regularised()]
         return self.strength * sum(g.square().sum() for g in gap)
 

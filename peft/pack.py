@@ -13,17 +13,22 @@ of the first one's stream: equal to their solo runs in distribution only.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
-from peft.core import load_adapter_state, penalty
+from peft.core import adapter_state, load_adapter_state, penalty, tuners
 from peft.record import MACHINE
 
-# What may differ between the members of a pack, beside the `stacks` of tuners.
+Nested = Sequence[Sequence[Sequence[Tensor]]]  # by member, parameter group, leaf
+
+# What may differ between the members of a pack, beside the numbers that tuners multiply with.
 STACKED = {
     "seed",
     "optim.lr",
@@ -32,6 +37,9 @@ STACKED = {
     "optim.warmup_epochs",
     "optim.clip_norm",
 }
+
+
+NUMBERS = {"scale", "alpha", "strength"}
 
 
 class Unstackable(ValueError):
@@ -54,7 +62,8 @@ def why_not(configs: Sequence[Mapping]) -> str | None:
         if any(other.get(key, absent) != first.get(key, absent) for other in flat)
     ]
     for key in different:
-        if key not in STACKED:
+        number = key.startswith("method.") and key.rpartition(".")[2] in NUMBERS
+        if key not in STACKED and not number:
             return f"{key} differs"
     if "seed" in different and not first.get("backbone.pretrained", True):
         return "seed differs, and draws the weights of a backbone that is not pre-trained"
@@ -70,6 +79,16 @@ def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _leaves(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
+
+
+def numbers_of(model: nn.Module) -> dict[tuple[str, str], float]:
+    """The plain numbers that tuners hold, by path and attribute."""
+    return {
+        (path, name): value
+        for path, tuner in tuners(model).items()
+        for name, value in vars(tuner).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 class Scored(nn.Module):
@@ -89,6 +108,8 @@ class Pack:
     model: carries the method. net: what runs, the model or what of it follows cached features.
     starts: the `adapter_state` of each member at its start.
     split: says of a parameter, by name, whether it is spared weight decay.
+    numbers: of each member the `numbers_of` its tuners in which members differ.
+    same_draws: all members draw one dropout mask. ema: keep moving `averages` of the leaves.
     `leaves[k][g]`: what the optimiser trains for member k, g = 0 with weight decay and 1 without.
     Raises Unstackable for a network whose running statistics train along.
     """
@@ -99,10 +120,11 @@ class Pack:
         net: nn.Module,
         starts: Sequence[Mapping[str, Tensor]],
         split: Callable[[str, Tensor], bool],
+        numbers: Sequence[Mapping[tuple[str, str], float]] | None = None,
         same_draws: bool = True,
+        ema: bool = False,
     ):
         self.model, self.net, self.scored = model, net, Scored(net)
-        self.randomness = "same" if same_draws else "different"
         self.members = list(range(len(starts)))  # those that still train
         self.solo = len(starts) == 1
         names = {id(p): name for name, p in model.named_parameters()}
@@ -111,29 +133,86 @@ class Pack:
         for name, p in trained.items():
             groups[split(names[id(p)], p)][name] = p
         self.groups = groups
+        self.averages = self.shared = None
+        numbers = numbers or [{} for _ in starts]
+        places = [p for p in numbers[0] if any(own[p] != numbers[0][p] for own in numbers)]
+        self.numbers = [  # what members have of their own beside tensors
+            {(model.get_submodule(path), name): own[path, name] for path, name in places}
+            for own in numbers
+        ]
         if self.solo:
             load_adapter_state(model, starts[0])
-            self.leaves = [[list(group.values()) for group in groups]]
-            return
-        for path, module in net.named_modules():
+            self.leaves, self.forward = [[list(group.values()) for group in groups]], self.scored
+        else:
+            self._stack(starts)
+            randomness = "same" if same_draws else "different"
+            self.forward = vmap(self._one, (0, 0, None), randomness=randomness)
+        if ema:
+            self.averages = [
+                [[leaf.detach().clone() for leaf in group] for group in member]
+                for member in self.leaves
+            ]
+
+    def _stack(self, starts: Sequence[Mapping[str, Tensor]]) -> None:
+        for path, module in self.net.named_modules():
             if module.training and getattr(module, "track_running_stats", False):
                 raise Unstackable(f"the running statistics of {path} train along, one set for all")
         self.leaves = []
         for start in starts:
-            load_adapter_state(model, start)
-            filled = [[p.detach().flatten() for p in group.values()] for group in groups]
+            load_adapter_state(self.model, start)
+            filled = [[p.detach().flatten() for p in group.values()] for group in self.groups]
             self.leaves.append([[torch.cat(f).requires_grad_()] if f else [] for f in filled])
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (K, B, classes) and penalties (K,) of the members that still train."""
         if self.solo:
-            logits, extra = self.scored(images)
+            logits, extra = self.forward(images)
             return logits[None], extra[None]
-        return vmap(self._one, (0, None), randomness=self.randomness)(self.stacks(), images)
+        numbers = [
+            images.new_tensor([self.numbers[k][place] for k in self.members])
+            for place in self.numbers[0]
+        ]
+        return self.forward(self.stacks(), numbers, images)
 
-    def _one(self, own: Mapping[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
-        with Folded():
-            return functional_call(self.scored, own, (images,))
+    def _one(
+        self, own: Mapping[str, Tensor], numbers: Sequence[Tensor], images: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        places = self.numbers[0]
+        for (module, name), value in zip(places, numbers, strict=True):
+            setattr(module, name, value)
+        try:
+            with Folded():
+                return functional_call(self.scored, own, (images,))
+        finally:
+            for (module, name), value in places.items():
+                setattr(module, name, value)
+
+    def share(self, device: torch.device) -> None:
+        """Shares the batches of a pack of one with the other processes of its group."""
+        ids = [device.index] if device.type == "cuda" else None
+        self.forward = self.shared = DistributedDataParallel(self.scored, device_ids=ids)
+
+    def quiet(self, last: bool) -> AbstractContextManager:
+        """Around all parts of a batch but the last: gradients are exchanged once a step."""
+        return self.shared.no_sync() if self.shared and not last else nullcontext()
+
+    def compile(self, mode: bool | str, images: Tensor, autocast: torch.autocast) -> str | None:
+        """Compiles the forward pass and tries it on a batch, which leaves no trace. Returns why
+        that failed, after which the pack is as it was, or None."""
+        plain, start = self.forward, {n: t.clone() for n, t in adapter_state(self.model).items()}
+        devices = [images.device] if images.device.type == "cuda" else []
+        self.forward, failure = torch.compile(plain, mode=None if mode is True else mode), None
+        with torch.random.fork_rng(devices):
+            try:
+                with autocast:
+                    logits, extra = self(images)
+                (logits.float().sum() + extra.sum()).backward()
+            except Exception as error:
+                self.forward, failure = plain, f"{type(error).__name__}: {str(error).strip()}"
+        for leaf in (leaf for k in self.members for leaf in self.trained(k)):
+            leaf.grad = None
+        load_adapter_state(self.model, start)
+        return failure and failure.splitlines()[0]
 
     def stacks(self) -> dict[str, Tensor]:
         """The tensors that train by name, (K, *shape)."""
@@ -152,22 +231,45 @@ class Pack:
         """What the optimiser trains for member k."""
         return [leaf for leaves in self.leaves[k] for leaf in leaves]
 
-    @torch.no_grad()
-    def show(self, k: int) -> None:
-        """Lets the model carry the tensors of member k."""
-        if self.solo:
+    @contextmanager
+    def shown(self, k: int) -> Iterator[None]:
+        """The model carries what member k is judged by: its tensors, or with EMA their averages."""
+        if self.solo and not self.averages:  # trains in the model itself
+            yield
             return
-        for group, flat in zip(self.groups, self.leaves[k], strict=True):
-            for p, part in zip(group.values(), _parts(group, flat), strict=True):
+        kept = [[p.detach().clone() for p in group.values()] for group in self.groups]
+        for (module, name), value in self.numbers[k].items():
+            setattr(module, name, value)
+        self._carry((self.averages or self.leaves)[k])
+        try:
+            yield
+        finally:
+            self._carry(kept, whole=True)
+
+    @torch.no_grad()
+    def _carry(self, leaves: Sequence[Sequence[Tensor]], whole: bool = False) -> None:
+        for group, own in zip(self.groups, leaves, strict=True):
+            parts = own if whole or self.solo else _parts(group, own)
+            for p, part in zip(group.values(), parts, strict=True):
                 p.copy_(part.view_as(p))
 
     @torch.no_grad()
-    def load(self, leaves: Sequence[Sequence[Sequence[Tensor]]]) -> None:
-        """Goes on from the `leaves` of a checkpoint."""
-        for ours, theirs in zip(self.leaves, leaves, strict=True):
-            for mine, its in zip(ours, theirs, strict=True):
-                for leaf, saved in zip(mine, its, strict=True):
-                    leaf.copy_(saved)
+    def average(self, decay: float) -> None:
+        """A step of the moving averages, which start where training starts."""
+        pairs = [
+            (average, leaf)
+            for k in self.members
+            for averages, leaves in zip(self.averages[k], self.leaves[k], strict=True)
+            for average, leaf in zip(averages, leaves, strict=True)
+        ]
+        get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs, strict=True)), None)
+
+    @torch.no_grad()
+    def load(self, leaves: Nested, averages: Nested | None) -> None:
+        """Goes on from the `leaves` and `averages` of a checkpoint."""
+        for ours, theirs in ((self.leaves, leaves), (self.averages, averages)):
+            for mine, its in zip(_flat(ours), _flat(theirs), strict=True):
+                mine.copy_(its)
 
     def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
         """Leaves a member out from here on."""
@@ -178,6 +280,10 @@ class Pack:
                 for leaf in group["params"]:
                     optimizer.state.pop(leaf, None)
         optimizer.param_groups[:] = kept
+
+
+def _flat(nested: Nested | None) -> list[Tensor]:
+    return [leaf for member in nested or () for group in member for leaf in group]
 
 
 def _parts(group: Mapping[str, Tensor], flat: Sequence[Tensor]) -> Sequence[Tensor]:

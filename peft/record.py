@@ -6,6 +6,7 @@ numbers, never where or with what it was watched.
 """
 
 import copy
+import errno
 import functools
 import hashlib
 import json
@@ -23,12 +24,20 @@ from pathlib import Path
 # still found.
 ADDED_LATER: dict[str, object] = {
     "optim.steps": None,
+    "optim.restart_epochs": None,
+    "optim.restart_factor": 1,
+    "optim.mixup": 0.0,
+    "optim.cutmix": 0.0,
+    "optim.ema": None,
+    "optim.accumulate": 1,
 }
 
 MACHINE = {
     "device",
     "workers",
     "pack",
+    "compile",
+    "grad_checkpointing",
     "checkpoint_seconds",
     "info",
     "force",
@@ -62,6 +71,50 @@ FIELDS = [
     "device",
     "provenance",
 ]
+
+
+def assemble(
+    config: Mapping,
+    *,
+    key: str,
+    variant: str,
+    selected_from: list[str],
+    metrics: Mapping[str, float],
+    counts: Mapping[str, int],
+    images: int,
+    seconds: float,
+    memory: int,
+    device: str,
+    provenance: Mapping,
+) -> dict:
+    """The record of a run from its portable configuration and what came of it: `images` trained on
+    in `seconds`, with at most `memory` bytes."""
+    dataset, protocol = config["dataset"], config["protocol"]
+    splits = protocol["tune" if config["phase"] == "grid" else "final"]
+    return {
+        "key": key,
+        "phase": config["phase"],
+        "config": config,
+        "suite": dataset["suite"],
+        "task": dataset["name"],
+        "group": dataset["group"],
+        "backbone": config["backbone"]["name"],
+        "method": config["method"]["name"],
+        "variant": variant,
+        "seed": config["seed"],
+        "protocol": protocol["name"],
+        "selection": protocol["selection"],
+        "trained_on": splits["train_on"],
+        "selected_from": selected_from,
+        "metrics": dict(metrics),
+        "tuned_params": counts["tuned"],
+        "head_params": counts["head"],
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / max(seconds, 1e-9), 2),
+        "peak_memory_bytes": memory,
+        "device": device,
+        "provenance": environment() | provenance,
+    }
 
 
 def portable(config: Mapping) -> dict:
@@ -172,9 +225,16 @@ def write(path: Path, content: Mapping | str | bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        raise
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = OSError(
+            f"the disk of {path} is full: make room, and the same command goes on from the last "
+            "checkpoint"
+        )
+        problem.errno = error.errno
+        raise problem from error
 
 
 def read(path: Path) -> dict:

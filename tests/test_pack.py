@@ -1,21 +1,29 @@
 """Several runs at once: each member's numbers are those of its solo run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, applies, jitter, tiny
 from safetensors.torch import load_file, save_file
-from test_train import config, folder
+from test_train import config as config_of
+from test_train import folder
+from torch._C._functorch import is_batchedtensor as is_batched
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import peft
 import train
 from peft import record as records
 from peft.config import catalogue, plain
+from peft.memory import fastest_pack, largest
 from peft.pack import Folded, Pack, Unstackable, why_not
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}  # of weights after training; a step alone agrees to 1e-5
+
+
+def config(path, *overrides: str):
+    return config_of(path, "pack=all", *overrides)
 
 
 def starts_of(model: torch.nn.Module, count: int) -> list[dict]:
@@ -112,6 +120,89 @@ def test_seeds_stack_over_a_backbone_with_weights_of_its_own(tmp_path):
     assert not torch.equal(a["blocks.0.attn.qkv.down"], b["blocks.0.attn.qkv.down"])
 
 
+@pytest.mark.parametrize(
+    ("common", "values"),
+    [
+        (["method=repadapter"], ["method.scale=0.1", "method.scale=1", "method.scale=5"]),
+        (["method=lava", "optim.ema=0.8"], ["method.strength=0", "method.strength=0.5"]),
+        (["method=lora", "method.dropout=0.1"], ["method.alpha=2", "method.alpha=16"]),
+    ],
+    ids=["scale", "strength", "alpha"],
+)
+def test_numbers_of_tuners_stack(tmp_path, common, values):
+    """Learning rates may differ at the same time."""
+    common = [*common, "optim=sgd_cosine", "optim.epochs=2", "optim.warmup_epochs=1"]
+    choices = [[*common, v, f"optim.lr={lr}"] for v, lr in zip(values, (0.01, 0.02, 0.01))]
+    states = []
+    for (packed, adapter), (alone, expected) in solo_and_packed(tmp_path, choices):
+        assert packed["provenance"]["pack"] == len(values) and packed["key"] == alone["key"]
+        assert packed["variant"] == alone["variant"]
+        torch.testing.assert_close(adapter, expected, atol=1e-5, rtol=1e-4)
+        assert packed["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
+        states.append(adapter)
+    assert any((states[0][name] - states[1][name]).abs().max() > 1e-3 for name in states[0])
+
+
+def test_the_size_of_a_pack_is_measured():
+    """Doubled while it pays and fits, then evened out."""
+
+    def costs(*seconds: float):
+        def of(size: int) -> float:
+            tried.append(size)
+            if len(tried) > len(seconds):
+                raise torch.OutOfMemoryError("full")
+            return seconds[len(tried) - 1]
+
+        return of
+
+    for seconds, most, sizes, chosen in [
+        ((1, 1.1), 35, [1, 2], 1),
+        ((1, 0.6, 0.4, 0.3, 0.28), 35, [1, 2, 4, 8, 16, 32], 12),
+        ((1, 0.6, 0.59), 7, [1, 2, 4], 2),
+        ((1, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05), 35, [1, 2, 4, 8, 16, 32, 35], 35),
+        ((1,), 9, [1, 2], 1),
+    ]:
+        tried: list[int] = []
+        assert largest(costs(*seconds), most) == chosen and tried == sizes
+    cfgs = [config(Path("x"), "pack=auto", f"optim.lr={lr}") for lr in (1, 2)]
+    runs, cpu = [train.Run(cfg) for cfg in cfgs], torch.device("cpu")
+    assert train.pack_size(runs, cpu) == 1
+    for run, asked in ((runs[0], "all"), (runs[0], "7"), (runs[0], 1)):
+        run.cfg.pack = asked
+        assert train.pack_size(runs, cpu) == {"all": 2, "7": 7, 1: 1}[asked]
+    runs[0].cfg.pack, runs[0].cfg.grad_checkpointing = "all", True
+    assert train.pack_size(runs, cpu) == 1, "recomputation does not stack"
+
+
+def test_a_pack_is_tried_on_blank_images():
+    model = tiny("tiny_vit", "lora")
+    before = {name: t.clone() for name, t in peft.adapter_state(model).items()}
+    off = torch.autocast("cpu", enabled=False)
+    assert fastest_pack(model, torch.Size([2, 3, 32, 32]), off, 3) in (1, 2, 3)
+    after = peft.adapter_state(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_comes_before_the_first_tuner_runs_once_and_without_a_graph(images):
+    model = tiny("tiny_vit", "lora")
+    for block in (0, 1):  # as with layers=[2, 3, ...]
+        attn = model.blocks[block].attn
+        attn.qkv = attn.qkv.base
+    seen = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda m, x, y, i=i: seen.append((i, is_batched(y), y.grad_fn)))
+    starts = starts_of(model, 3)
+    for members in (3, 1):
+        pack = Pack(model, model, starts[:members], train.spared("one_dim"))
+        seen.clear()
+        logits, _ = pack(images)
+        assert [i for i, *_ in seen] == list(range(6))
+        for i, batched, graph in seen:
+            assert batched == (members == 3 and i > 1)
+            assert i > 1 or graph is None
+        assert logits.requires_grad
+
+
 def test_a_member_that_diverges_leaves_its_neighbours_alone(tmp_path):
     rates = ("1e-3", "1e12", "3e-3")
     cfgs = [config(tmp_path, "method=full", "optim.epochs=4", f"optim.lr={lr}") for lr in rates]
@@ -173,8 +264,10 @@ def test_a_pack_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path, monkeypat
         (["method.rank=4"], "method.rank differs"),
         (["method=ssf"], "method.name differs|method.rank differs"),
         (["phase=grid"], "phase differs"),
+        (["method.dropout=0.1"], "method.dropout differs"),
         (["seed=1"], "seed differs, and draws the weights of a backbone"),
         (["optim.lr=1", "optim.weight_decay=1", "device=cuda", "workers=7"], None),
+        (["method.alpha=1", "compile=true", "grad_checkpointing=true"], None),
     ],
 )
 def test_what_cannot_be_stacked_names_the_key(tmp_path, other, key):

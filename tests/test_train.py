@@ -179,7 +179,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, capsys):
 def test_linear_probing_from_cached_features_is_the_long_way(tmp_path, monkeypatch):
     train.run(config(tmp_path / "short", "method=linear"))
     monkeypatch.setattr(
-        train, "cached_features", lambda model, batches, scored, autocast: (model, batches, scored)
+        train, "cached_features", lambda net, batches, scored, _: (net, batches, net, scored)
     )
     train.run(config(tmp_path / "long", "method=linear"))
     short, long = (

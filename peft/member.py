@@ -1,0 +1,91 @@
+"""One run among those that train together: who it is, where its files are, how it ends."""
+
+import shutil
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from peft import config as configuration
+from peft import parallel
+from peft import record as records
+
+
+@dataclass
+class Run:
+    """A run's configuration, what of it makes its identity, and its folder."""
+
+    cfg: DictConfig
+
+    def __post_init__(self) -> None:
+        self.config = records.portable(configuration.plain(self.cfg))
+        self.key = records.key_of(self.config)
+        self.folder = records.folder_of(self.config, self.cfg.runs_dir)
+
+    def done(self) -> float | None:
+        """Its headline accuracy, where it has a record and is not forced to run again."""
+        path = self.folder / "record.json"
+        if self.cfg.force or not path.is_file():
+            return None
+        top1 = headline(records.read(path))
+        if parallel.first():
+            print(f"already done: {top1:.2f} % in {self.folder} (force=true trains it again)")
+        return top1
+
+    def prepare(self) -> None:
+        """Makes a folder to write to, empty with `force`. Raises OSError where that cannot be."""
+        if not parallel.first():
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            records.write(self.folder / ".writable", "")
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            problem = OSError(
+                f"cannot write to {self.folder}: {error.strerror}. Make it writable, or give "
+                "runs_dir=FOLDER"
+            )
+            problem.errno = error.errno
+            raise problem from error
+        if self.cfg.force:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+
+    def fail(self, error: Exception) -> Exception:
+        """Leaves failure.json and returns what ended the run."""
+        reason = {
+            "status": "failed",
+            "reason": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+            "config": self.config,
+        }
+        try:
+            if parallel.first():
+                records.write(self.folder / "failure.json", reason)
+        except OSError as other:
+            print(f"and {self.folder / 'failure.json'} could not be written: {other}")
+        return error
+
+    def finish(self, outcome: dict | Exception) -> float | Exception:
+        """Leaves the record of what `train` returned for this run; returns its headline."""
+        if isinstance(outcome, Exception):
+            return self.fail(outcome)
+        if not parallel.first():
+            return headline(outcome)
+        try:
+            records.write(self.folder / "record.json", outcome)
+        except OSError as error:
+            return self.fail(error)
+        for leftover in ("state.pt", "failure.json"):
+            (self.folder / leftover).unlink(missing_ok=True)
+        print(
+            f"{outcome['method']} on {outcome['task']}: {headline(outcome):.2f} % "
+            f"({outcome['selection']}), in {self.folder}"
+        )
+        return headline(outcome)
+
+
+def headline(record: Mapping) -> float:
+    metrics = record["metrics"]
+    return metrics.get("top1_best", metrics.get("top1_last", metrics.get("top1_val")))
