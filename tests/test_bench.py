@@ -119,17 +119,16 @@ def test_every_method_that_applies_is_measured(monkeypatch):
 
 
 def test_the_floor_is_below_every_method_that_reaches_the_first_block():
-    works, _ = step.references("tiny_vit", 2, "cpu", 2)
+    shape = measure.Shape("tiny_vit", 2, "cpu", 2, 1)
+    works, _ = step.references(shape)
     floor, full = measure.flops(works["floor"]), measure.flops(works["full"])
     lora = measure.model_of(measure.configured("tiny_vit", "lora", 2))
     assert measure.flops(works["linear_forward"]) < floor < full
-    assert floor < measure.flops(step.training(lora, "cpu", 2))
+    assert floor < measure.flops(step.training(lora, shape))
 
 
 def test_paths(result):
-    found = result(
-        "paths", *TINY, "rounds=1", "methods=lora,lora_r16,ssf", "cnn=tiny_resnet"
-    )
+    found = result("paths", *TINY, "rounds=1", "methods=lora,lora_r16,ssf", "cnn=tiny_resnet")
     assert [row["tuners"] for row in found["methods"]] == [["LoRA"], ["SSF"]]
     for kind, published in (("matrix", 1.18), ("conv", 1.2)):
         table = found["lava_table16"][kind]

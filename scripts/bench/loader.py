@@ -20,7 +20,7 @@ from PIL import Image
 import data
 from data.pictures import Files, decode
 from scripts.bench import measure
-from scripts.bench.step import training
+from scripts.bench.step import model_in, training
 
 OPTIONS = {
     "device": "cpu or cuda",
@@ -96,8 +96,8 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
 
 def step_seconds(device: str, batch: int) -> float:
     """A forward and backward pass of ViT-B/16 with LoRA at 224 pixels, bf16 on a GPU."""
-    model = measure.model_of(measure.configured("vit_b16_in21k", "lora"), device)
-    return seconds(training(model, device, batch), device, 2 if device == "cpu" else 10)
+    shape = measure.shape_of({"device": device, "blocks": "12", "batch": str(batch)}, 8, 2)
+    return seconds(training(model_in(shape, "lora"), shape), device, shape.rounds)
 
 
 def memory() -> int:
@@ -152,15 +152,13 @@ def streamed(device: str, count: int, batch: int) -> dict[str, float | list]:
 def loader(given: Mapping[str, str]) -> dict:
     device, batch = given["device"], measure.number(given, "batch", 32)
     count = measure.number(given, "images", 1000)
-    sizes = []
-    with measure.progress(4, "loader (three sizes, a step)") as bar:
-        for size in (32, 96, 480):
-            sizes.append(cached_and_decoded(device, count, batch, size))
-            bar.update()
-        used = batch if device.startswith("cuda") else min(batch, 8)
-        step = step_seconds(device, used) / used
-        bar.update()
+    sizes = [
+        cached_and_decoded(device, count, batch, int(size))
+        for size in measure.progress_over(["32", "96", "480"], "loader (sizes)")
+    ]
     stream = streamed(device, measure.number(given, "stream", 73_728), batch)
+    used = batch if device.startswith("cuda") else min(batch, 8)
+    step = step_seconds(device, used) / used
     slowest = min(row["cached_images_per_second"] for row in sizes)
     return {
         "images": count,

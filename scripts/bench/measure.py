@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -66,12 +67,51 @@ def write(name: str, device: str, result: Mapping) -> Path:
     return path
 
 
-def number(given: Mapping[str, str], key: str, default: int) -> int:
-    """An option that counts something. Raises ValueError for what is no positive integer."""
+def number(given: Mapping[str, str], key: str, default: int, least: int = 1) -> int:
+    """An option that counts something. Raises ValueError for what is no such number."""
     text = given.get(key, str(default))
-    if not text.isdecimal() or not int(text):
-        raise ValueError(f"{key}={text} must be a whole number from 1 on")
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{key}={text} must be a whole number from {least} on")
     return int(text)
+
+
+class Shape(NamedTuple):
+    """What a benchmark runs on: the first `depth` blocks of a backbone."""
+
+    backbone: str
+    depth: int
+    device: str
+    batch: int
+    rounds: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """As the files say it."""
+        return {
+            "precision": "bf16 autocast" if self.on_gpu else "fp32",
+            "backbone": self.backbone,
+            "blocks": self.depth,
+            "batch_size": self.batch,
+            "rounds": self.rounds,
+        }
+
+
+def shape_of(given: Mapping[str, str], batch: int, rounds: int) -> Shape:
+    """The options' shape; by default `batch` images in `rounds` rounds on two blocks on a CPU, and
+    32 in 10 on twelve on a GPU."""
+    device = given["device"]
+    on_gpu = device.startswith("cuda")
+    return Shape(
+        given.get("backbone", "vit_b16_in21k"),
+        number(given, "blocks", 12 if on_gpu else 2),
+        device,
+        number(given, "batch", 32 if on_gpu else batch),
+        number(given, "rounds", 10 if on_gpu else rounds),
+    )
 
 
 def configured(backbone: str, method: str, depth: int | None = None, *others: str) -> DictConfig:
@@ -156,6 +196,15 @@ def interleaved(
 def ratio(times: Mapping[str, list[float]], name: str, to: str) -> float:
     """How much longer one takes than the other: the median over the rounds that they share."""
     return median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+
+def matmul_rate(device: str) -> float:
+    """Operations a second of a large square product, in the precision of the steps."""
+    side = 8192 if device.startswith("cuda") else 2048
+    kind = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    times = interleaved({"product": lambda: a @ b}, device, 10)
+    return 2 * side**3 / median(times["product"])
 
 
 def progress(total: int, title: str) -> tqdm:

@@ -12,41 +12,35 @@ import torch
 
 import peft
 from scripts.bench import measure
-from scripts.bench.step import inference
+from scripts.bench.step import inference, model_in
 
 OPTIONS = {
     "device": "cpu or cuda",
     "backbone": "vit_b16_in21k",
     "blocks": "2 on a CPU, 12 on a GPU",
     "batch": "1 on a CPU, 32 on a GPU",
-    "rounds": "16 on a CPU, 50 on a GPU",
+    "rounds": "16 on a CPU, 10 on a GPU",
     "methods": "names with commas; every one that merges",
 }
 
 
 def merge(given: Mapping[str, str]) -> dict:
-    device, backbone = given["device"], given.get("backbone", "vit_b16_in21k")
-    on_gpu = device.startswith("cuda")
-    depth = measure.number(given, "blocks", 12 if on_gpu else 2)
-    batch = measure.number(given, "batch", 32 if on_gpu else 1)
-    rounds = measure.number(given, "rounds", 50 if on_gpu else 16)
-    methods, _ = measure.chosen(given, backbone)
-    bare = measure.model_of(measure.configured(backbone, "linear", depth), device)
-    operations = measure.flops(inference(bare, device, batch))
+    shape = measure.shape_of(given, batch=1, rounds=16)
+    methods, _ = measure.chosen(given, shape.backbone)
+    bare = model_in(shape, "linear")
+    operations = measure.flops(inference(bare, shape))
 
     def beside(other: torch.nn.Module) -> float:
-        works = {
-            "bare": inference(bare, device, batch),
-            "other": inference(other, device, batch),
-        }
-        return measure.ratio(measure.interleaved(works, device, rounds), "other", "bare")
+        works = {"bare": inference(bare, shape), "other": inference(other, shape)}
+        times = measure.interleaved(works, shape.device, shape.rounds)
+        return measure.ratio(times, "other", "bare")
 
     rows, refused = [], {}
     with measure.progress(len(methods), "merge (methods)") as bar:
         control = beside(copy.deepcopy(bare))
         for method in methods:
             bar.update()
-            model = measure.model_of(measure.configured(backbone, method, depth), device)
+            model = model_in(shape, method)
             if not peft.tuners(model):
                 refused[method] = "has no tuners: it is the plain backbone as it stands"
                 continue
@@ -55,7 +49,7 @@ def merge(given: Mapping[str, str]) -> dict:
             except TypeError as error:
                 refused[method] = str(error)
                 continue
-            counted = measure.flops(inference(merged, device, batch))
+            counted = measure.flops(inference(merged, shape))
             gained = set(merged.state_dict()) - set(bare.state_dict())
             rows.append(
                 {
@@ -68,11 +62,8 @@ def merge(given: Mapping[str, str]) -> dict:
             )
     ratios = [row["merged_to_bare"] for row in rows]
     return {
-        "measured": "a forward pass, " + ("bf16 autocast" if on_gpu else "fp32"),
-        "backbone": backbone,
-        "blocks": depth,
-        "batch_size": batch,
-        "rounds": rounds,
+        "measured": "a forward pass",
+        **shape.facts,
         "control": round(control, 4),
         "smallest": min(ratios, default=None),
         "largest": max(ratios, default=None),

@@ -21,6 +21,7 @@ import peft
 import train
 from peft.pack import Pack
 from scripts.bench import measure
+from scripts.bench.measure import Shape
 
 OPTIONS = {
     "device": "cpu or cuda",
@@ -34,16 +35,16 @@ OPTIONS = {
 IMAGES, EPOCHS = 1000, 100
 
 
-def stepping(cfg: DictConfig, model: nn.Module, members: int, device: str, batch: int) -> Callable:
+def stepping(cfg: DictConfig, model: nn.Module, members: int, shape: Shape) -> Callable:
     """A step of `members` runs of one configuration at once."""
     state = {name: tensor.clone() for name, tensor in peft.adapter_state(model).items()}
     packed = Pack(model, model, [state] * members, train.spared(cfg.optim.no_decay))
     optimizer = train.make_optimizer(packed, [cfg.optim] * members)
-    images, labels = measure.batch_of(model, batch)
+    images, labels = measure.batch_of(model, shape.batch)
     model.train()
 
     def step() -> None:
-        with measure.mixed(device):
+        with measure.mixed(shape.device):
             logits, penalties = packed(images)
             every = F.cross_entropy(logits.flatten(0, 1), labels.repeat(members))
         optimizer.zero_grad(set_to_none=True)
@@ -53,31 +54,21 @@ def stepping(cfg: DictConfig, model: nn.Module, members: int, device: str, batch
     return step
 
 
-def matmul_rate(device: str) -> float:
-    """Operations a second of a large square product, in the precision of the steps."""
-    side = 8192 if device.startswith("cuda") else 2048
-    kind = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-    times = measure.interleaved({"product": lambda: a @ b}, device, 10)
-    return 2 * side**3 / median(times["product"])
-
-
-def packs(method: str, shape: Mapping, members: list[int], rounds: int, rate: float) -> list[dict]:
+def packs(method: str, shape: Shape, members: list[int], rate: float) -> list[dict]:
     """A row for each K that fits the memory."""
-    device, batch = shape["device"], shape["batch"]
-    cfg = measure.configured(shape["backbone"], method, shape["depth"])
-    model = measure.model_of(cfg, device)
-    solo = stepping(cfg, model, 1, device, batch)
+    cfg = measure.configured(shape.backbone, method, shape.depth)
+    model = measure.model_of(cfg, shape.device)
+    solo = stepping(cfg, model, 1, shape)
     solo_flops = measure.flops(solo)
-    per_run = EPOCHS * math.ceil(IMAGES / batch)
+    per_run = EPOCHS * math.ceil(IMAGES / shape.batch)
     rows = []
     for k in members:
         try:
-            works = {"solo": solo, "pack": stepping(cfg, model, k, device, batch)}
+            works = {"solo": solo, "pack": stepping(cfg, model, k, shape)}
             executed = measure.flops(works["pack"])
-            if device.startswith("cuda"):
-                torch.cuda.reset_peak_memory_stats(device)
-            times = measure.interleaved(works, device, rounds)
+            if shape.on_gpu:
+                torch.cuda.reset_peak_memory_stats(shape.device)
+            times = measure.interleaved(works, shape.device, shape.rounds)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             rows.append({"members": k, "fits": False})
@@ -92,41 +83,26 @@ def packs(method: str, shape: Mapping, members: list[int], rounds: int, rate: fl
             "gflop_to_solo": round(executed / solo_flops / k, 3),
             "share_of_matmul_rate": round(min(executed, k * solo_flops) / took / rate, 3),
         }
-        if device.startswith("cuda"):
-            row["peak_mebibytes"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+        if shape.on_gpu:
+            row["peak_mebibytes"] = round(torch.cuda.max_memory_allocated(shape.device) / 2**20)
         rows.append(row)
     return rows
 
 
 def pack(given: Mapping[str, str]) -> dict:
-    device = given["device"]
-    on_gpu = device.startswith("cuda")
-    shape = {
-        "backbone": given.get("backbone", "vit_b16_in21k"),
-        "depth": measure.number(given, "blocks", 12 if on_gpu else 2),
-        "device": device,
-        "batch": measure.number(given, "batch", 32 if on_gpu else 8),
-    }
-    rounds = measure.number(given, "rounds", 10 if on_gpu else 3)
-    listed = given.get("members", "1,2,4,8,16,32,64" if on_gpu else "1,2,4").split(",")
+    shape = measure.shape_of(given, batch=8, rounds=3)
+    listed = given.get("members", "1,2,4,8,16,32,64" if shape.on_gpu else "1,2,4").split(",")
     members = [measure.number({"members": k}, "members", 1) for k in listed]
-    methods, _ = measure.chosen(given, shape["backbone"], ("lora", "rlrr"))
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
-    rate, found = matmul_rate(device), []
-    with measure.progress(len(methods), "pack (methods)") as bar:
-        for method in methods:
-            rows = packs(method, shape, members, rounds, rate)
-            best = max(rows, key=lambda row: row.get("runs_per_hour", 0))
-            found.append({"method": method, "chosen": best["members"], "packs": rows})
-            bar.update()
+    methods, _ = measure.chosen(given, shape.backbone, ("lora", "rlrr"))
+    rate, found = measure.matmul_rate(shape.device), []
+    for method in measure.progress_over(methods, "pack (methods)"):
+        rows = packs(method, shape, members, rate)
+        best = max(rows, key=lambda row: row.get("runs_per_hour", 0))
+        found.append({"method": method, "chosen": best["members"], "packs": rows})
     return {
-        "measured": f"a training step, {'bf16 autocast' if on_gpu else 'fp32'}, not compiled; "
-        f"a run is {EPOCHS} epochs of {IMAGES} images, without evaluation",
-        "backbone": shape["backbone"],
-        "blocks": shape["depth"],
-        "batch_size": shape["batch"],
-        "rounds": rounds,
+        "measured": "a training step, not compiled; "
+        f"a run is {EPOCHS} epochs of {IMAGES:,} images, without evaluation",
+        **shape.facts,
         "matmul_tflops_per_second": round(rate / 1e12, 3),
         "methods": found,
     }

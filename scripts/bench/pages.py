@@ -60,6 +60,7 @@ def cost(result: dict) -> list[str]:
 def step(result: dict) -> list[str]:
     named = {"method": "method", "to_linear_forward": "/ linear forward", "to_full": "/ full"}
     named |= {"to_floor": "/ floor", "excess": "time / operations", "saved_mebibytes": "kept MiB"}
+    named |= {"share_of_matmul_rate": "share of matmul rate"}
     named |= {"peak_mebibytes": "peak MiB"} if "peak_mebibytes" in result["methods"][0] else {}
     named |= {"images_per_second": "images/s", "inference_to_bare": "inference / bare"}
     named |= {"merged_to_bare": "merged / bare", "goes": "where the time goes"}
@@ -172,7 +173,14 @@ def page(results: dict[str, dict]) -> str:
             shape += [f"batch {result['batch_size']}"] if "batch_size" in result else []
             said = result.get("measured") or result.get("counted")
             on = "" if name == "cost" else f"{result['hardware']['cpu']}, {machine(result)}"
-            facts = [result.get("backbone"), *shape, said, on, result["when"][:10]]
+            facts = [
+                result.get("backbone"),
+                *shape,
+                result.get("precision"),
+                said,
+                on,
+                result["when"][:10],
+            ]
             text.append(f"## {stem}\n\n{'; '.join(fact for fact in facts if fact)}.\n")
             text += [f"{part}\n" for part in tables(result)]
     return "\n".join(text)

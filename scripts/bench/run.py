@@ -159,14 +159,14 @@ def scaled(clock: Clock, images: int, test: int, epochs: int, tests: int) -> dic
 
 
 def run(given: Mapping[str, str]) -> dict:
-    device, backbone = given["device"], given.get("backbone", "vit_b16_in21k")
-    on_gpu = device.startswith("cuda")
-    depth, batch = measure.number(given, "blocks", 12), given.get("batch", "32" if on_gpu else "8")
-    batch = measure.number({"batch": batch}, "batch", 8)
+    given = {"blocks": "12", "rounds": str(TIMED), **given}
+    shape = measure.shape_of(given, batch=8, rounds=TIMED)
+    device, batch, on_gpu = shape.device, shape.batch, shape.on_gpu
     images = measure.number(given, "images", TRAIN if on_gpu else 16)
     test = measure.number(given, "test", TEST if on_gpu else 32)
-    pixels, workers = measure.number(given, "pixels", 256), int(given.get("workers", 4 * on_gpu))
-    cfg = measure.configured(backbone, given.get("method", "lora"), depth)
+    pixels = measure.number(given, "pixels", 256)
+    workers = measure.number(given, "workers", 4 * on_gpu, 0)
+    cfg = measure.configured(shape.backbone, given.get("method", "lora"), shape.depth)
     naive, ours = (measure.model_of(cfg, device) for _ in range(2))
     steps = plain_step(naive, device), our_step(cfg, ours, device)
     clocks = Clock(), Clock()
@@ -216,12 +216,10 @@ def run(given: Mapping[str, str]) -> dict:
     }
     totals = {name: round(sum(parts.values()), 4) for name, parts in hours.items()}
     return {
-        "measured": f"{TIMED} epochs of each loop, {'bf16 autocast' if on_gpu else 'fp32'}",
+        "measured": f"{TIMED} epochs of each loop",
+        **shape.facts,
         "scaled_to": {"epochs": EPOCHS, "train_images": TRAIN, "test_images": TEST},
-        "backbone": backbone,
-        "blocks": depth,
         "method": cfg.method.name,
-        "batch_size": batch,
         "timed_train_images": images,
         "timed_test_images": test,
         "jpeg_pixels": pixels,

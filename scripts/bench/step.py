@@ -9,8 +9,8 @@ floor            a step in which one bias of the first block trains: what is fro
                  passed forwards, and backwards without a gradient of any weight
 
 `excess` is a method's time over what its counted operations take at the rate that `full` reaches;
-above 1.3 the row says in which operators the time goes. `inference` and `merged` are forward passes
-beside that of the bare backbone.
+above 1.3 the row says in which operators the time goes. `share_of_matmul_rate` is against a large
+square product. `inference` and `merged` are forward passes beside that of the bare backbone.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import peft
 from peft.backbone import resolve
 from scripts.bench import measure
 from scripts.bench.cost import loss_of
+from scripts.bench.measure import Shape
 
 OPTIONS = {
     "device": "cpu or cuda",
@@ -45,13 +46,17 @@ KINDS = {
 }
 
 
-def training(model: nn.Module, device: str, batch: int) -> Callable[[], None]:
+def model_in(shape: Shape, method: str) -> nn.Module:
+    return measure.model_of(measure.configured(shape.backbone, method, shape.depth), shape.device)
+
+
+def training(model: nn.Module, shape: Shape) -> Callable[[], None]:
     """A step's forward and backward pass."""
-    images, labels = measure.batch_of(model, batch)
+    images, labels = measure.batch_of(model, shape.batch)
     model.train()
 
     def step() -> None:
-        with measure.mixed(device):
+        with measure.mixed(shape.device):
             loss = loss_of(model, images, labels)
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -59,46 +64,43 @@ def training(model: nn.Module, device: str, batch: int) -> Callable[[], None]:
     return step
 
 
-def inference(model: nn.Module, device: str, batch: int) -> Callable[[], None]:
-    images, _ = measure.batch_of(model, batch)
+def inference(model: nn.Module, shape: Shape) -> Callable[[], None]:
+    images, _ = measure.batch_of(model, shape.batch)
     model.eval()
 
     @torch.no_grad()
     def forward() -> None:
-        with measure.mixed(device):
+        with measure.mixed(shape.device):
             model(images)
 
     return forward
 
 
-def references(backbone: str, depth: int | None, device: str, batch: int) -> tuple[dict, nn.Module]:
-    """What the others are measured against, and a model of linear probing."""
-    linear, full, floor = (
-        measure.model_of(measure.configured(backbone, method, depth), device)
-        for method in ("linear", "full", "linear")
-    )
+def references(shape: Shape) -> tuple[dict[str, Callable[[], None]], nn.Module]:
+    """What the others are measured against, and the model of full fine-tuning."""
+    linear, full, floor = (model_in(shape, method) for method in ("linear", "full", "linear"))
     first = next(iter(resolve(floor, ["qkv"]).values()))
     first.bias.requires_grad_(True)
     works = {
-        "linear_forward": inference(linear, device, batch),
-        "full": training(full, device, batch),
-        "floor": training(floor, device, batch),
+        "linear_forward": inference(linear, shape),
+        "full": training(full, shape),
+        "floor": training(floor, shape),
     }
     return works, full
 
 
-def memory(model: nn.Module, step: Callable[[], None], device: str, batch: int) -> dict:
+def memory(model: nn.Module, step: Callable[[], None], shape: Shape) -> dict[str, float]:
     """Operations of a step, and what it holds at its peak: measured on a GPU, counted on a CPU."""
-    images, labels = measure.batch_of(model, batch)
+    images, labels = measure.batch_of(model, shape.batch)
 
     def loss() -> torch.Tensor:
-        with measure.mixed(device):
+        with measure.mixed(shape.device):
             return loss_of(model, images, labels)
 
     operations, kept = measure.counted(model, loss)
     found = {"gflop": round(operations / 1e9, 4), "saved_mebibytes": round(kept / 2**20, 1)}
-    if device.startswith("cuda"):
-        found["peak_mebibytes"] = peak(step, device)
+    if shape.on_gpu:
+        found["peak_mebibytes"] = peak(step, shape.device)
     return found
 
 
@@ -137,70 +139,61 @@ def where(step: Callable[[], None], device: str) -> dict[str, dict[str, float]]:
     }
 
 
-def group(
-    methods: list[str], backbone: str, depth: int | None, device: str, batch: int, rounds: int
-) -> list[dict]:
-    """Rows of some methods, measured together."""
-    works, full = references(backbone, depth, device, batch)
-    reference_flops = memory(full, works["full"], device, batch)["gflop"]
+def group(methods: list[str], shape: Shape, rate: float) -> list[dict]:
+    """Rows of some methods, measured together. rate: the device's own, for matrix products."""
+    works, full = references(shape)
+    reference_flops = memory(full, works["full"], shape)["gflop"]
     rows = {}
     for method in methods:
-        model = measure.model_of(measure.configured(backbone, method, depth), device)
-        step = training(model, device, batch)
+        model = model_in(shape, method)
+        works[method] = training(model, shape)
+        works[f"{method} inference"] = inference(copy.deepcopy(model), shape)
+        if peft.tuners(model):
+            with contextlib.suppress(TypeError):  # some cannot be merged
+                works[f"{method} merged"] = inference(peft.merge(model), shape)
         rows[method] = {
             "method": method,
             "tuned_params": peft.count(model)["tuned"],
-            **memory(model, step, device, batch),
+            **memory(model, works[method], shape),
         }
-        works[method] = step
-        works[f"{method} inference"] = inference(copy.deepcopy(model), device, batch)
-        if peft.tuners(model):
-            with contextlib.suppress(TypeError):  # some cannot be merged
-                works[f"{method} merged"] = inference(peft.merge(model), device, batch)
-    times = measure.interleaved(works, device, rounds)
+    times = measure.interleaved(works, shape.device, shape.rounds)
     for method, row in rows.items():
-        row["seconds"] = round(median(times[method]), 5)
+        took = median(times[method])
+        row["seconds"] = round(took, 5)
         for name in ("linear_forward", "full", "floor"):
             row[f"to_{name}"] = round(measure.ratio(times, method, name), 3)
         excess = measure.ratio(times, method, "full") / (row["gflop"] / reference_flops)
         row["excess"] = round(excess, 3)
-        row["images_per_second"] = round(batch / row["seconds"], 2)
+        row["share_of_matmul_rate"] = round(row["gflop"] * 1e9 / took / rate, 3)
+        row["images_per_second"] = round(shape.batch / took, 2)
         for kind in ("inference", "merged"):
-            if f"{method} {kind}" in works:
-                took = measure.ratio(times, f"{method} {kind}", "linear_forward")
-                row[f"{kind}_to_bare"] = round(took, 3)
-                seconds = median(times[f"{method} {kind}"])
-                row[f"{kind}_images_per_second"] = round(batch / seconds, 2)
-                if device.startswith("cuda"):
-                    row[f"{kind}_peak_mebibytes"] = peak(works[f"{method} {kind}"], device)
+            name = f"{method} {kind}"
+            if name in works:
+                slower = measure.ratio(times, name, "linear_forward")
+                row[f"{kind}_to_bare"] = round(slower, 3)
+                row[f"{kind}_images_per_second"] = round(shape.batch / median(times[name]), 2)
+                if shape.on_gpu:
+                    row[f"{kind}_peak_mebibytes"] = peak(works[name], shape.device)
         if excess > SLOW:
-            row["time_goes_to"] = where(works[method], device)
+            row["time_goes_to"] = where(works[method], shape.device)
     return list(rows.values())
 
 
 def step(given: Mapping[str, str]) -> dict:
-    device, backbone = given["device"], given.get("backbone", "vit_b16_in21k")
-    on_gpu = device.startswith("cuda")
-    depth = measure.number(given, "blocks", 12 if on_gpu else 2)
-    batch = measure.number(given, "batch", 32 if on_gpu else 4)
-    rounds = measure.number(given, "rounds", 10 if on_gpu else 3)
-    methods, no = measure.chosen(given, backbone)
-    shape = {"backbone": backbone, "depth": depth, "device": device, "batch": batch}
-    rows = []
+    shape = measure.shape_of(given, batch=4, rounds=3)
+    methods, no = measure.chosen(given, shape.backbone)
+    rows, rate = [], measure.matmul_rate(shape.device)
     with measure.progress(len(methods), "step (methods)") as bar:
         for i in range(0, len(methods), GROUP):
-            rows += group(methods[i : i + GROUP], **shape, rounds=rounds)
+            rows += group(methods[i : i + GROUP], shape, rate)
             bar.update(len(methods[i : i + GROUP]))
     return {
-        "measured": "a forward and a backward pass, without optimiser, "
-        + ("bf16 autocast" if on_gpu else "fp32"),
+        "measured": "a forward and a backward pass, without optimiser",
         "memory": "peak_mebibytes: allocated at the peak of a step, beyond the model itself"
-        if on_gpu
+        if shape.on_gpu
         else "saved_mebibytes: counted, what the graph keeps between the two passes",
-        "backbone": backbone,
-        "blocks": depth,
-        "batch_size": batch,
-        "rounds": rounds,
+        **shape.facts,
+        "matmul_tflops_per_second": round(rate / 1e12, 3),
         "methods": rows,
         "not_applicable": no,
     }
