@@ -247,18 +247,27 @@ def read(path: Path) -> dict:
             f"{path} is no record: {error}. It was cut off or edited; delete it and run that cell "
             "again"
         ) from error
-    missing = [field for field in FIELDS if field not in record]
+    missing = [field for field in FIELDS if not isinstance(record, dict) or field not in record]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}: not a record of this suite, or edited; delete it "
             "and run that cell again"
         )
-    if record["key"] != key_of(record["config"]):
+    try:
+        key = key_of(record["config"])
+    except (KeyError, TypeError, AttributeError):
+        key = None  # half a configuration
+    if record["key"] != key:
         raise ValueError(
             f"{path} was edited: its key is not that of its configuration; delete it and run that "
             "cell again"
         )
-    bad = [name for name, value in record["metrics"].items() if not math.isfinite(value)]
+    figures = (int, float)
+    bad = [
+        name
+        for name, value in dict(record["metrics"]).items()
+        if not isinstance(value, figures) or not math.isfinite(value)
+    ]
     if bad:
         raise ValueError(
             f"{path} holds {', '.join(bad)} that are no numbers; delete it and run that cell again"

@@ -1,14 +1,17 @@
 """Tables and plots of records: what they show, and what they refuse."""
 
 import copy
+import csv
 import json
 import math
 import statistics
+import subprocess
+import sys
 
 import pytest
 
 from peft import record as records
-from scripts import tabulate
+from scripts import papers, published, render, tabulate
 from scripts.plot import accuracy_plot
 
 
@@ -242,7 +245,9 @@ def test_command_writes_table_and_plots(folder, capsys):
         accuracy_plot(tabulate.collect(folder), folder / "t.jpg")
 
 
-@pytest.mark.parametrize("damage", ["cut", "nan", "key", "field"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "nan", "null", "list", "config", "inner", "key", "field"]
+)
 def test_bad_file_is_named(folder, damage):
     path = folder / "digits" / "rlrr-s44" / "record.json"
     text = path.read_text()
@@ -251,6 +256,16 @@ def test_bad_file_is_named(folder, damage):
         text = text[:100]
     elif damage == "nan":
         text = text.replace('"loss_last": 0.5', '"loss_last": NaN')
+    elif damage == "null":
+        text = text.replace('"loss_last": 0.5', '"loss_last": null')
+    elif damage == "list":
+        text = "[]"
+    elif damage == "config":
+        del broken["config"]["dataset"]
+        text = json.dumps(broken)
+    elif damage == "inner":
+        del broken["provenance"]["pixels"]
+        text = json.dumps(broken)
     elif damage == "key":
         broken["config"]["optim"]["lr"] = 1
         text = json.dumps(broken)
@@ -260,6 +275,165 @@ def test_bad_file_is_named(folder, damage):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"digits/rlrr-s44/record\.json"):
         tabulate.main([str(folder)])
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """results/records and results/tables of another place, and two tables of the papers."""
+    monkeypatch.setattr(papers, "names", lambda: ["rlrr/table2", "lava/table5"])
+    monkeypatch.setattr(tabulate, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(tabulate, "TABLES", tmp_path / "tables")
+    return tmp_path / "records"
+
+
+def files(folder) -> dict[str, bytes]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_kept_records_are_what_all_tables_are_made_from(folder, kept, capsys):
+    tabulate.main(["--keep", str(folder)])
+    tabulate.main(["--keep", str(folder / "digits")])  # those are there already
+    assert len(files(kept)) == len(suite())
+    assert {*files(kept).values()} == {*files(folder).values()}
+    (folder / "digits" / "rlrr-s42" / "adapter.safetensors").write_bytes(b"weights")
+    tabulate.main(["--keep", str(folder / "digits" / "rlrr-s42")])
+    assert {name.rpartition("/")[2] for name in files(kept)} == {"record.json"}
+    tabulate.main(["all"])
+    first = files(kept.parent / "tables")
+    assert f"from {len(suite())} records" in capsys.readouterr().out
+    assert "**55.7 ± 2.1**" in first["mini.md"].decode() and "rlrr/table2.tex" in first
+    stamps = [path.stat().st_mtime_ns for path in (kept.parent / "tables").rglob("*.*")]
+    tabulate.main(["all"])
+    assert files(kept.parent / "tables") == first
+    assert stamps == [path.stat().st_mtime_ns for path in (kept.parent / "tables").rglob("*.*")]
+
+
+def test_all_tables_without_any_record(kept, capsys):
+    tabulate.main(["all"])
+    assert "from 0 records" in capsys.readouterr().out
+    assert "There is no final run here yet" in files(kept.parent / "tables")["mini.md"].decode()
+
+
+def test_nothing_is_kept_that_cannot_stand_beside_the_others(folder, kept):
+    tabulate.main(["--keep", str(folder)])
+    before = files(kept)
+    good, other = record("lora", "digits"), record(seed=7, protocol="vtab_peek")
+    other["metrics"]["top1_best"], other["selection"] = 99.0, "best_on_test"
+    for name, one in (("good", good), ("other", other)):
+        (folder.parent / "new" / name).mkdir(parents=True)
+        records.write(folder.parent / "new" / name / "record.json", one)
+    with pytest.raises(ValueError, match=r"differ in protocol: .+new/other/record\.json"):
+        tabulate.main(["--keep", str(folder.parent / "new")])
+    assert files(kept) == before
+    path = folder / "digits" / "rlrr-s42" / "record.json"
+    path.write_text(path.read_text().replace('"top1_last": 47', '"top1_last": 48'))
+    with pytest.raises(ValueError, match="the same run with other results"):
+        tabulate.main(["--keep", str(path)])
+    assert files(kept) == before
+
+
+def vtab(method="rlrr", seeds=(42, 44), lost=(), **changes) -> list[dict]:
+    """Runs of a row of RLRR's Table 2: what its paper prints, and a point more for every seed."""
+    row = published.numbers("rlrr")
+    row = row[(row["table"] == "T2") & (row["method"] == method)]
+    top1 = dict(zip(row["dataset"], row["number"]))
+    found = []
+    for group in ("natural", "specialized", "structured"):
+        for task in published.tasks()[group]:
+            for s, seed in enumerate(seeds if task not in lost else ()):
+                one = record(
+                    method, task, seed, top1[task] + s, group, suite="vtab",
+                    backbone="vit_b16_in21k", protocol="vtab_honest",
+                    config__backbone={"name": "vit_b16_in21k"},
+                    config__dataset={"name": task, "suite": "vtab", "title": task},
+                )  # fmt: skip
+                found.append(one | changes)
+    return found
+
+
+def line_of(table, method, source):
+    return next(
+        line
+        for line in table.lines
+        if (line.key["method"], line.source) == (method, source)
+        and line.key.get("pretraining", "in21k") == "in21k"
+    )
+
+
+def test_ours_stand_beside_the_published():
+    table = papers.published_table("rlrr/table2", vtab("linear") + vtab("ssf"))
+    theirs, ours, delta = (line_of(table, "linear", s) for s in ("published", "ours", "delta"))
+    assert theirs.entries["dtd"].text == "63.2" and ours.entries["dtd"].text == "63.7 ± 0.7"
+    assert delta.entries["dtd"].text == "+0.5" and delta.entries["mean_all"].text == "+0.5"
+    mean = theirs.entries["mean_group"].value + 0.5
+    assert ours.entries["mean_group"].text.startswith(f"{mean:.2f}")
+    assert ours.entries["tuned"].text == "0.000" and len(ours.entries["mean_all"].runs) == 38
+    missing = [row.label for row in table.missing]
+    assert not any(row.startswith("linear") for row in missing)
+    assert any(row.startswith("ssf") for row in missing)  # theirs is another backbone
+    shown = {run["method"] for x in table.lines for e in x.entries.values() for run in e.runs}
+    assert shown == {"linear"}
+
+
+def test_a_row_that_is_not_whole_has_no_mean_and_says_what_it_lacks():
+    table = papers.published_table("rlrr/table2", vtab("linear", lost=("svhn", "dmlab")))
+    ours = line_of(table, "linear", "ours")
+    assert ours.entries["svhn"].text == ours.entries["mean_natural"].text == tabulate.DASH
+    assert ours.entries["mean_specialized"].text != tabulate.DASH
+    (row,) = (row for row in table.missing if row.label.startswith("linear"))
+    assert row.what == "2 of 19 tasks (svhn, dmlab)" and row.command.startswith("python sweep.py")
+
+
+def test_a_table_of_means_is_filled_from_whole_groups():
+    row = vtab("rlrr", backbone="vit_l16_in21k")
+    table = papers.published_table("rlrr/table4a", row)
+    assert line_of(table, "rlrr", "ours").entries["mean_natural"].text != tabulate.DASH
+    table = papers.published_table("rlrr/table4a", row[2:])
+    assert line_of(table, "rlrr", "ours").entries["mean_natural"].text == tabulate.DASH
+
+
+def test_what_is_never_averaged_is_not_averaged_beside_a_paper_either():
+    found = vtab("linear") + vtab("linear", seeds=(7,), protocol="other")
+    with pytest.raises(ValueError, match="linear on cifar100 differ in protocol"):
+        papers.published_table("rlrr/table2", found)
+
+
+def test_our_peeking_rows_are_marked_and_do_not_compete():
+    best = {"top1_last": 80.0, "top1_best": 99.0, "loss_last": 0.5}
+    peek = vtab("linear", selection="best_on_test", metrics=best)
+    table = papers.published_table("rlrr/table2", peek + vtab("rlrr") + vtab("lora"))
+    ours = line_of(table, "linear", "ours")
+    assert ours.marks == "†" and not ours.entries["dtd"].rank
+    assert line_of(table, "rlrr", "ours").entries["dtd"].rank == 1
+    assert "| linear‡ | " in render.markdown(table) and "| ours† |" in render.markdown(table)
+
+
+def test_formats_say_the_same(folder, tmp_path, capsys):
+    table = papers.published_table("rlrr/table2", vtab("linear"))
+    rows = list(csv.DictReader(render.long(table).splitlines()))
+    wanted = ("linear", "ours", "dtd")
+    (one,) = (row for row in rows if (row["method"], row["source"], row["column"]) == wanted)
+    assert one["text"] == "63.7 ± 0.7" and one["seeds"] == "42 44" and float(one["value"]) == 63.7
+    assert len(one["keys"].split()) == 2
+    assert "63.7{\\scriptsize$\\pm$0.7}" in render.latex(table)
+    assert "63.7 ± 0.7" in render.html(table) and "<td" in render.page(table)
+    for kind, start in (("md", "# "), ("csv", "table,"), ("tex", "% "), ("html", "<!doctype")):
+        out = tmp_path / f"t.{kind}"
+        tabulate.main(["rlrr/table2", "--records", str(folder), "--out", str(out)])
+        assert out.read_text().startswith(start)
+    tabulate.main(["rlrr/table4", "--records", str(folder), "--format", "csv"])
+    shown = capsys.readouterr().out
+    assert "rlrr/table4a,1," in shown and "rlrr/table4b,1," in shown
+    with pytest.raises(ValueError, match=r"t\.doc is none of \.md, \.csv"):
+        tabulate.main(["rlrr/table2", "--records", str(folder), "--out", str(tmp_path / "t.doc")])
+
+
+def test_tables_need_neither_torch_nor_hydra():
+    code = "import sys, scripts.tabulate, scripts.diff; print({'torch', 'hydra'} & {*sys.modules})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_empty_folder_and_unknown_protocol(folder, tmp_path):
