@@ -3,6 +3,7 @@
 python eval.py run=results/runs/mini/dsprites_location/rlrr-dinov2_s14-final-s42-1a2b3c4d
 python eval.py run=DIR merged=true export=model.safetensors      # the plain backbone with its own
 keys, and the head
+python eval.py run=DIR per_class=true confusion=confusion.csv
 """
 
 from collections.abc import Mapping
@@ -11,12 +12,13 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import peft
 from peft import config as configuration
 from peft import record as records
+from peft.watch import per_class, write_confusion
 
 
 def device_of(name: str) -> torch.device:
@@ -70,6 +72,7 @@ def loader_of(cfg: DictConfig, split: str, device: torch.device, train: bool) ->
         mean=cfg.backbone.mean,
         std=cfg.backbone.std,
         train=train,
+        # without gradients, four times as many images take less memory than a step does
         batch_size=cfg.optim.batch_size if train else 4 * cfg.optim.batch_size,
         data_seed=cfg.data_seed,
         device=device,
@@ -79,20 +82,27 @@ def loader_of(cfg: DictConfig, split: str, device: torch.device, train: bool) ->
     )
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, loader: data.Loader, autocast: torch.autocast) -> float:
-    """Top-1 accuracy in percent, in one pass, with the tuners folded in where they can be: that is
-    the model one would deploy."""
+    """Top-1 accuracy in percent; see `confusion`."""
+    table = confusion(model, loader, autocast)
+    return 100 * table.trace().item() / table.sum().item()
+
+
+@torch.no_grad()
+def confusion(model: nn.Module, loader: data.Loader, autocast: torch.autocast) -> Tensor:
+    """How many images of each class (rows) are taken for each class (columns), in one pass, with
+    the tuners folded in where they can be: that is the model one would deploy."""
     try:
         still = peft.merge(model).eval() if peft.tuners(model) else model.eval()
     except TypeError:
         still = model.eval()
-    right = total = 0
+    pairs, classes = [], 0
     with autocast:
         for images, labels in loader.epoch():
-            right += (still(images).argmax(1) == labels).sum()
-            total += len(labels)
-    return 100 * right.item() / total
+            logits = still(images)
+            classes = logits.shape[1]
+            pairs.append(labels * classes + logits.argmax(1))
+    return torch.cat(pairs).bincount(minlength=classes**2).view(classes, classes).cpu()
 
 
 def restore(run: str | Path, machine: Mapping) -> tuple[dict, DictConfig]:
@@ -150,8 +160,14 @@ def run(cfg: DictConfig) -> float:
     scored = trained.protocol.tune if record["phase"] == "grid" else trained.protocol.final
     split = cfg.split or scored.score_on
     loader = loader_of(trained, split, device, train=False)
-    top1 = evaluate(model, loader, autocast)
+    table = confusion(model, loader, autocast)
+    top1 = 100 * table.trace().item() / table.sum().item()
     print(f"{record['method']} on {record['task']}/{split}: top-1 {top1:.2f} %")
+    if cfg.per_class:
+        print(per_class(table))
+    if cfg.confusion:
+        written = write_confusion(Path(cfg.confusion), table)
+        print(f"the confusion matrix (rows: labels, columns: answers) is in {written}")
     if split == scored.score_on:
         recorded = record["metrics"].get("top1_val" if record["phase"] == "grid" else "top1_last")
         verdict = "reproduced" if top1 == recorded else f"differs by {top1 - recorded:+.2f}"

@@ -87,6 +87,31 @@ def mirror(logger: Mapping, config: dict, folder: Path) -> Callable[[dict], None
     return lambda row: run.log(row, step=row["epoch"])
 
 
+def per_class(table: Tensor) -> str:
+    """The accuracy of every class, a line each, from a confusion matrix (labels, answers)."""
+    lines = ["class  images  top-1 %  most often taken for"]
+    for c, row in enumerate(table):
+        count, wrong = int(row.sum()), row.clone()
+        wrong[c] = 0
+        rival = f"{int(wrong.argmax())} ({int(wrong.max())})" if wrong.any() else "-"
+        right = f"{100 * int(row[c]) / count:.2f}" if count else "-"
+        lines.append(f"{c:5}  {count:6}  {right:>7}  {rival}")
+    seen = table.sum(1) > 0
+    mean = 100 * (table.diagonal()[seen] / table.sum(1)[seen]).mean().item()
+    return "\n".join([*lines, f"mean over the classes {mean:.2f} %"])
+
+
+def write_confusion(path: Path, table: Tensor) -> Path:
+    """A confusion matrix as CSV, with the classes' numbers in the first row and column."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["label", *range(len(table))])
+    writer.writerows([c, *row] for c, row in enumerate(table.tolist()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, text.getvalue())
+    return path
+
+
 def describe(model: nn.Module) -> str:
     """What a method touches and trains, a line a site."""
     placed, lines = tuners(model), []

@@ -230,6 +230,24 @@ def test_eval_reproduces_merges_and_exports(tmp_path, capsys):
         evaluation.run(compose("eval", [f"run={folder(tmp_path)}x", *here]))
 
 
+def test_eval_tells_the_classes_apart(tmp_path, capsys):
+    top1 = train.run(config(tmp_path, "method=full"))
+    path = tmp_path / "new" / "confusion.csv"
+    choice = ["per_class=true", f"confusion={path}", f"data_root={tmp_path}/data"]
+    machine = [f"run={folder(tmp_path)}", "device=cpu", "workers=0"]
+    evaluation.run(compose("eval", [*machine, *choice]))
+    rows = [line.split(",") for line in path.read_text().split()]
+    assert rows[0] == ["label", "0", "1", "2", "3"] and [r[0] for r in rows[1:]] == list("0123")
+    table = torch.tensor([[int(x) for x in row[1:]] for row in rows[1:]])
+    assert table.sum() == 32 and 100 * table.trace() / 32 == top1
+    assert (table.sum(1) == 8).all(), "the fake classes have 8 test images each"
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("class  images"))
+    for c in range(4):
+        assert lines[start + 1 + c].split()[:3] == [str(c), "8", f"{100 * table[c, c] / 8:.2f}"]
+    assert lines[start + 5] == f"mean over the classes {top1:.2f} %"
+
+
 def test_an_adapter_of_another_method_lists_every_mismatch(tmp_path):
     lora, ssf = (peft.create("tiny_vit", name, num_classes=4) for name in ("lora", "ssf"))
     with pytest.raises(
