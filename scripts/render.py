@@ -127,7 +127,8 @@ def _tex(text: str) -> str:
 
 
 def html(table: Table) -> str:
-    """A `<table>` with its notes: classes best, second, doubt and computed; reasons as titles."""
+    """A `<table>` with its notes; best bold, second underlined, the reason of a mark as its title.
+    Rows have the class of their source, headings that of their kind."""
 
     def show(line: Line, column: Column, entry: Entry, first: bool) -> str:
         text = web.escape(entry.text)
@@ -146,7 +147,9 @@ def html(table: Table) -> str:
     parts = [f"<h2>{web.escape(table.title)}</h2>"]
     if fields:
         parts.append("<table>\n<thead><tr>")
-        parts += [f'<th scope="col">{web.escape(column.title)}</th>' for column, _ in fields]
+        for column, _ in fields:
+            title = web.escape(column.title)
+            parts.append(f'<th scope="col" class="{column.kind}">{title}</th>')
         parts.append("</tr></thead>\n<tbody>")
         for line in table.lines:
             marked = _marked(table, line)
@@ -179,6 +182,7 @@ def page(table: Table) -> str:
         "th,td{padding:.15em .5em;text-align:right;white-space:nowrap}"
         "th[scope=row]{text-align:left;font-weight:normal}"
         "thead th{border-bottom:1px solid;vertical-align:bottom}"
+        "thead th.label{text-align:left}sup{line-height:0}ul{max-width:60em}"
         "tr.published{border-top:1px solid #8884}tr.delta{color:#888}code{overflow-wrap:anywhere}"
     )
     return (
