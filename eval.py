@@ -1,22 +1,29 @@
-"""Evaluates a finished run: reproduces its number, merges, exports.
+"""Evaluates a finished run: reproduces its number, merges, exports, derives.
 
-python eval.py run=results/runs/mini/dsprites_location/rlrr-dinov2_s14-final-s42-1a2b3c4d
-python eval.py run=DIR merged=true export=model.safetensors      # the plain backbone with its own
-keys, and the head
-python eval.py run=DIR per_class=true confusion=confusion.csv
+    python eval.py run=results/runs/mini/dsprites_location/rlrr-dinov2_s14-final-s42-1a2b3c4d
+    python eval.py run=DIR merged=true export=model.safetensors   # the plain backbone, its own keys
+    python eval.py run=DIR per_class=true confusion=confusion.csv
+    python eval.py run=DIR experts=increment_2                    # an ALoRE without some experts
+    python eval.py combine=[DIR_A,DIR_B] weights=[0.7,0.3]        # several RLRRs as one
+
+The last two are runs of their own that nothing was trained for: they leave record.json (phase
+derived) and adapter.safetensors beside the first run they come from, and are found again.
 """
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 import data
 import peft
 from peft import config as configuration
+from peft import derive
 from peft import record as records
 from peft.watch import per_class, write_confusion
 
@@ -141,9 +148,9 @@ def restore(run: str | Path, machine: Mapping) -> tuple[dict, DictConfig]:
 
 
 def run(cfg: DictConfig) -> float:
-    """Reproduces a record's number on `split`, and merges or exports on request. Returns the
-    accuracy."""
-    if not cfg.run:
+    """Reproduces a record's number on `split`, and merges or exports on request; or derives.
+    Returns the accuracy."""
+    if not (cfg.run or cfg.combine):
         raise ValueError(
             "say which run: python eval.py run=DIR, a folder that holds record.json and "
             "adapter.safetensors"
@@ -152,12 +159,15 @@ def run(cfg: DictConfig) -> float:
         key: cfg[key]
         for key in ("device", "workers", "data_root", "weights_dir", "runs_dir", "weights")
     }
+    if cfg.experts or cfg.combine:
+        return derived(cfg, machine)
     record, trained = restore(cfg.run, machine)
     device = device_of(cfg.device)
     autocast = autocast_of(trained.precision, device)
     model = model_of(trained, device)
     peft.load_adapter_state(model, load_file(Path(cfg.run) / "adapter.safetensors"))
-    scored = trained.protocol.tune if record["phase"] == "grid" else trained.protocol.final
+    grid = records.scored_as(record) == "grid"
+    scored = trained.protocol.tune if grid else trained.protocol.final
     split = cfg.split or scored.score_on
     loader = loader_of(trained, split, device, train=False)
     table = confusion(model, loader, autocast)
@@ -169,7 +179,7 @@ def run(cfg: DictConfig) -> float:
         written = write_confusion(Path(cfg.confusion), table)
         print(f"the confusion matrix (rows: labels, columns: answers) is in {written}")
     if split == scored.score_on:
-        recorded = record["metrics"].get("top1_val" if record["phase"] == "grid" else "top1_last")
+        recorded = record["metrics"].get("top1_val" if grid else "top1_last")
         verdict = "reproduced" if top1 == recorded else f"differs by {top1 - recorded:+.2f}"
         print(f"the record says {recorded:.2f} %: {verdict}")
     if cfg.merged or cfg.export:
@@ -193,6 +203,115 @@ def run(cfg: DictConfig) -> float:
                 + (f"; gained: {', '.join(gained)}" if gained else "")
             )
     return top1
+
+
+def derived(cfg: DictConfig, machine: dict) -> float:
+    """Evaluates what follows from finished runs without training, or finds it done.
+
+    Raises ValueError for runs that do not go together or a change that does not fit them.
+    """
+    asked = [k for k in ("split", "merged", "export", "per_class", "confusion") if cfg[k]]
+    if asked or (cfg.combine and (cfg.run or cfg.experts)):
+        raise ValueError(
+            "give either run=DIR experts=... or combine=[DIR,...], and nothing else: what is "
+            "derived becomes a run of its own; then python eval.py run=THAT"
+            + "".join(f" {key}=.." for key in asked)
+        )
+    runs = [Path(run) for run in (cfg.combine or [cfg.run])]
+    change: dict = {"experts": cfg.experts}
+    if cfg.combine:
+        change = {"combine": cfg.form, "weights": shares(cfg.weights, len(runs))}
+        machine = machine | {"weights": cfg.checkpoint}
+    found = [restore(run, machine) for run in runs]
+    (first, trained), sources = found[0], [record for record, _ in found]
+    alike(runs, sources)
+    states = [load_file(run / "adapter.safetensors") for run in runs]
+    config = records.derived(sources, change)
+    if not cfg.combine:
+        state = derive.keep_experts(states[0], cfg.experts)
+    else:
+        state = derive.combine(states, change["weights"], cfg.form)
+        if cfg.form == "products":
+            config["method"] = derive.widened(config["method"], len(runs))
+    folder = runs[0].parent / records.folder_of(config, ".").name
+    metric = "top1_val" if records.scored_as(first) == "grid" else "top1_last"
+    if (folder / "record.json").is_file():
+        top1 = records.read(folder / "record.json")["metrics"][metric]
+        print(f"already done: {top1:.2f} % in {folder}")
+        return top1
+
+    device = device_of(cfg.device)
+    autocast = autocast_of(trained.precision, device)
+    trained.method = config["method"]
+    model = model_of(trained, device)
+    peft.load_adapter_state(model, state)
+    scored = trained.protocol.tune if metric == "top1_val" else trained.protocol.final
+    loader = loader_of(trained, scored.score_on, device, train=False)
+    counts, started = peft.count(model), time.monotonic()
+    top1 = evaluate(model, loader, autocast)
+    seconds = time.monotonic() - started
+    told = ",".join(f"{key}={value}" for key, value in change.items())
+    record = first | {
+        "key": records.key_of(config),
+        "phase": "derived",
+        "config": config,
+        "variant": ",".join(filter(None, (first["variant"], told))),
+        "selected_from": sorted({key for source in sources for key in source["selected_from"]}),
+        "metrics": {metric: top1},
+        "tuned_params": counts["tuned"],
+        "head_params": counts["head"],
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(loader.manifest.ids) / max(seconds, 1e-9), 2),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else first["peak_memory_bytes"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "provenance": first["provenance"]
+        | records.environment()
+        | {
+            "data_sha256": first["provenance"]["data_sha256"]
+            | {loader.manifest.split: loader.manifest.digest}
+        },
+        "derived_from": config["derived"]["of"],
+    }
+    folder.mkdir(exist_ok=True)
+    records.write(
+        folder / "adapter.safetensors", save({k: t.contiguous() for k, t in state.items()})
+    )
+    records.write(folder / "record.json", record)
+    print(f"{told} of {', '.join(run.name for run in runs)}: {top1:.2f} %, in {folder}")
+    return top1
+
+
+def shares(weights: object, runs: int) -> list[float]:
+    """The weights of a combination: as given, or equal. Raises ValueError for anything else."""
+    given = [1 / runs] * runs if weights is None else configuration.plain(weights)
+    numbers = isinstance(given, list) and all(
+        isinstance(w, int | float) and math.isfinite(w) for w in given
+    )
+    if not numbers or len(given) != runs:
+        raise ValueError(
+            f"weights={given} must be {runs} numbers, one a run, as weights=[0.5,0.5]; a "
+            "checkpoint file that the runs started from is checkpoint=FILE here"
+        )
+    return [float(w) for w in given]
+
+
+def alike(runs: Sequence[Path], sources: Sequence[Mapping]) -> None:
+    """Raises ValueError, with the difference, for runs that are not of one kind."""
+    parts = ("backbone", "method", "weights", "dataset", "image_size", "protocol", "preset")
+    for run, source in zip(runs[1:], sources[1:]):
+        ours = {f"config.{part}": sources[0]["config"].get(part) for part in parts}
+        theirs = {f"config.{part}": source["config"].get(part) for part in parts}
+        ours["phase"], theirs["phase"] = records.scored_as(sources[0]), records.scored_as(source)
+        for path, record in ((ours, sources[0]), (theirs, source)):
+            path["weights_sha256"] = record["provenance"]["weights_sha256"]
+        odd = [path for path in ours if ours[path] != theirs[path]]
+        if odd:
+            raise ValueError(
+                f"{run} and {runs[0]} do not combine: they differ in {', '.join(odd)}. Only runs "
+                "of one method on one task and backbone, from the same pre-trained weights, do"
+            )
 
 
 def timm_keys(cfg: DictConfig) -> list[str]:

@@ -3,6 +3,7 @@
 An adapter state is what `core.adapter_state` returns: tensors by site path and own name.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 
@@ -31,17 +32,32 @@ def combine(
             "only adapters of one method, backbone and number of classes combine; these differ "
             f"in {len(odd)} tensors, among them {', '.join(odd[:5])}"
         )
+    if not any(name.endswith((".row", ".col")) for name in states[0]):
+        raise ValueError("there is no RLRR among these tensors, and its vectors are what combines")
     combined = {}
     for name in states[0]:
-        tensors, leaf = [state[name] for state in states], name.rpartition(".")[2]
-        if form == "products" and leaf == "row":
+        tensors, (site, _, leaf) = [state[name] for state in states], name.rpartition(".")
+        paired = f"{site}.row" in states[0] and f"{site}.col" in states[0]  # not one-sided
+        if form == "products" and paired and leaf == "row":
             combined[name] = torch.cat([w * t for w, t in zip(weights, tensors)], dim=1)
-        elif form == "products" and leaf == "col":
+        elif form == "products" and paired and leaf == "col":
             combined[name] = torch.cat(tensors, dim=1)
         else:
             rest = 1.0 if leaf == "gamma" else 0.0
             combined[name] = rest + sum(w * (t - rest) for w, t in zip(weights, tensors))
     return combined
+
+
+def widened(method: Mapping, times: int) -> dict:
+    """The resolved configuration of an RLRR with so many times its rank, which the sum of as many
+    products is loaded into. One-sided ones stay: their sum is one vector again."""
+    method = copy.deepcopy(dict(method))
+    if method["sides"] == "both":
+        method["rank"] *= times
+        for placement in method["placements"]:
+            if "rank" in placement["tuner"]:
+                placement["tuner"]["rank"] *= times
+    return method
 
 
 def keep_experts(state: Mapping[str, Tensor], kept: str) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ ADDED_LATER: dict[str, object] = {
     "optim.cutmix": 0.0,
     "optim.ema": None,
     "optim.accumulate": 1,
+    "derived": None,
 }
 
 MACHINE = {
@@ -187,6 +188,7 @@ def identity(config: Mapping) -> dict:
         key: value for key, value in config["dataset"].items() if key not in {"title", "group"}
     }
     kept["protocol"] = {key: value for key, value in config["protocol"].items() if key != "seeds"}
+    kept["derived"] = config.get("derived")
     for path, default in ADDED_LATER.items():
         node, _, leaf = path.rpartition(".")
         holder = kept
@@ -195,6 +197,18 @@ def identity(config: Mapping) -> dict:
         if holder.get(leaf, default) == default:
             holder.pop(leaf, None)
     return kept
+
+
+def derived(sources: list[Mapping], change: Mapping) -> dict:
+    """The configuration of what follows from finished runs without training: that of the first of
+    their records, and under `derived` the `change`, whose runs (`of`) and which phase they were."""
+    of = {"of": [source["key"] for source in sources], "phase": scored_as(sources[0])}
+    return copy.deepcopy(sources[0]["config"]) | {"phase": "derived", "derived": {**change, **of}}
+
+
+def scored_as(record: Mapping) -> str:
+    """grid or final: on which split a record was scored. What is derived is scored as its runs."""
+    return (record["config"].get("derived") or record)["phase"]
 
 
 def key_of(config: Mapping) -> str:
