@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import peft
-from scripts.bench import cost, measure, readme, run, step
+from scripts.bench import cost, measure, pages, readme, run, step
 from scripts.bench.__main__ import main
 
 TINY = ["backbone=tiny_vit", "blocks=2", "batch=2"]
@@ -27,7 +27,7 @@ ELSEWHERE = {
 
 @pytest.fixture
 def result(tmp_path, monkeypatch):
-    """Runs a benchmark and returns what it wrote."""
+    """Runs a benchmark and returns what it wrote, of which tables can be made."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
 
     def call(name: str, *given: str) -> dict:
@@ -35,6 +35,9 @@ def result(tmp_path, monkeypatch):
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["benchmark"] == name
         assert found["hardware"]["cpu"]
+        assert f"## {name}\n" in pages.page({name: found})
+        if name in readme.FIGURES and name != "cost":
+            assert pages.machine(found) in readme.table({name: found})
         return found
 
     return call

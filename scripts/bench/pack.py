@@ -8,6 +8,7 @@ counts K times the operations of a solo step, or the pack's own where these are 
 before the first tuner is computed once).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 import peft
-import train
+from peft.optimiser import make_optimizer, spared
 from peft.pack import Pack
 from scripts.bench import measure
 from scripts.bench.measure import Shape
@@ -31,15 +32,18 @@ OPTIONS = {
     "members": "1,2,4 on a CPU, 1,2,4,8,16,32,64 on a GPU",
     "rounds": "3 on a CPU, 10 on a GPU",
     "methods": "lora,rlrr",
+    "compile": "false; true or a mode of torch.compile: packs also compiled, never the solo run",
 }
 IMAGES, EPOCHS = 1000, 100
 
 
-def stepping(cfg: DictConfig, model: nn.Module, members: int, shape: Shape) -> Callable:
-    """A step of `members` runs of one configuration at once."""
+def stepping(
+    cfg: DictConfig, model: nn.Module, members: int, shape: Shape
+) -> tuple[Pack, Callable[[], None]]:
+    """A pack of `members` runs of one configuration, and a step of it."""
     state = {name: tensor.clone() for name, tensor in peft.adapter_state(model).items()}
-    packed = Pack(model, model, [state] * members, train.spared(cfg.optim.no_decay))
-    optimizer = train.make_optimizer(packed, [cfg.optim] * members)
+    packed = Pack(model, model, [state] * members, spared(cfg.optim.no_decay))
+    optimizer = make_optimizer(packed, [cfg.optim] * members)
     images, labels = measure.batch_of(model, shape.batch)
     model.train()
 
@@ -51,31 +55,34 @@ def stepping(cfg: DictConfig, model: nn.Module, members: int, shape: Shape) -> C
         (every * members + penalties.sum()).backward()
         optimizer.step()
 
-    return step
+    return packed, step
 
 
-def packs(method: str, shape: Shape, members: list[int], rate: float) -> list[dict]:
-    """A row for each K that fits the memory."""
+def packs(method: str, shape: Shape, members: list[int], rate: float, modes: list) -> list[dict]:
+    """A row for each K that fits the memory, and each way to compile it."""
     cfg = measure.configured(shape.backbone, method, shape.depth)
     model = measure.model_of(cfg, shape.device)
-    solo = stepping(cfg, model, 1, shape)
+    _, solo = stepping(cfg, model, 1, shape)
     solo_flops = measure.flops(solo)
     per_run = EPOCHS * math.ceil(IMAGES / shape.batch)
     rows = []
-    for k in members:
+    for k, mode in itertools.product(members, modes):
+        row = {"members": k, "compiled": mode}
         try:
-            works = {"solo": solo, "pack": stepping(cfg, model, k, shape)}
-            executed = measure.flops(works["pack"])
+            packed, step = stepping(cfg, model, k, shape)
+            executed = measure.flops(step)
+            if mode:
+                images, _ = measure.batch_of(model, shape.batch)
+                row["compiled"] = packed.compile(mode, images, measure.mixed(shape.device)) or mode
             if shape.on_gpu:
                 torch.cuda.reset_peak_memory_stats(shape.device)
-            times = measure.interleaved(works, shape.device, shape.rounds)
+            times = measure.interleaved({"solo": solo, "pack": step}, shape.device, shape.rounds)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            rows.append({"members": k, "fits": False})
+            rows.append({**row, "fits": False})
             break
         took = median(times["pack"])
-        row = {
-            "members": k,
+        row |= {
             "step_seconds": round(took, 5),
             "runs_per_hour": round(3600 * k / took / per_run, 3),
             "to_one_at_a_time": round(k / measure.ratio(times, "pack", "solo"), 3),
@@ -94,13 +101,15 @@ def pack(given: Mapping[str, str]) -> dict:
     listed = given.get("members", "1,2,4,8,16,32,64" if shape.on_gpu else "1,2,4").split(",")
     members = [measure.number({"members": k}, "members", 1) for k in listed]
     methods, _ = measure.chosen(given, shape.backbone, ("lora", "rlrr"))
+    asked = given.get("compile", "false")
+    modes = {"false": [False], "true": [False, True]}.get(asked, [False, asked])
     rate, found = measure.matmul_rate(shape.device), []
     for method in measure.progress_over(methods, "pack (methods)"):
-        rows = packs(method, shape, members, rate)
+        rows = packs(method, shape, members, rate, modes)
         best = max(rows, key=lambda row: row.get("runs_per_hour", 0))
         found.append({"method": method, "chosen": best["members"], "packs": rows})
     return {
-        "measured": "a training step, not compiled; "
+        "measured": "a training step; the solo run is not compiled; "
         f"a run is {EPOCHS} epochs of {IMAGES:,} images, without evaluation",
         **shape.facts,
         "matmul_tflops_per_second": round(rate / 1e12, 3),

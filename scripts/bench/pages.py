@@ -108,7 +108,8 @@ def merge(result: dict) -> list[str]:
 
 
 def pack(result: dict) -> list[str]:
-    named = {"method": "method", "members": "at once", "step_seconds": "step s"}
+    named = {"method": "method", "members": "at once", "compiled": "compiled"}
+    named |= {"step_seconds": "step s"}
     named |= {"runs_per_hour": "runs/h", "to_one_at_a_time": "/ one at a time"}
     named |= {"gflop_to_solo": "operations / solo", "share_of_matmul_rate": "share of matmul rate"}
     rows = [p | {"method": row["method"]} for row in result["methods"] for p in row["packs"]]

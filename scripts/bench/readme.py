@@ -52,7 +52,7 @@ def merge(result: dict) -> Lines:
 
 def pack(result: dict) -> Lines:
     for row in result["methods"]:
-        best = next(p for p in row["packs"] if p["members"] == row["chosen"])
+        best = max(row["packs"], key=lambda p: p.get("runs_per_hour", 0))
         yield (
             f"{row['method']}: most runs an hour, one at a time = 1",
             f"{best['to_one_at_a_time']:.2f}, of {row['chosen']} at once, at "

@@ -21,8 +21,8 @@ from torchvision import transforms
 
 import data
 import peft
-import train
 from data.pictures import Files
+from peft.optimiser import make_optimizer, spared
 from peft.pack import Pack
 from scripts.bench import measure
 from scripts.bench.loader import images_of, pictures
@@ -130,8 +130,8 @@ def plain_step(model: nn.Module, device: str):
 def our_step(cfg, model: nn.Module, device: str):
     """A training step of train.py: a pack of one."""
     start = {name: tensor.clone() for name, tensor in peft.adapter_state(model).items()}
-    pack = Pack(model, model, [start], train.spared(cfg.optim.no_decay))
-    optimizer = train.make_optimizer(pack, [cfg.optim])
+    pack = Pack(model, model, [start], spared(cfg.optim.no_decay))
+    optimizer = make_optimizer(pack, [cfg.optim])
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         model.train()
