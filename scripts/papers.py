@@ -286,7 +286,7 @@ class _Builder:
         """Our cells of one row, by task."""
         by_task: dict[str, list[dict]] = {}
         for record in self.found:
-            if record["phase"] in runs.TESTED and belongs(record, identity):
+            if runs.tested(record) and belongs(record, identity):
                 by_task.setdefault(record["task"], []).append(record)
         return {task: runs.cell_of(records) for task, records in by_task.items()}
 

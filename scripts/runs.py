@@ -17,7 +17,6 @@ RESULTS = Path(__file__).parent.parent / "results"
 PUBLISHED = RESULTS / "published"
 SUITES = ("mini", "vtab", "fgvc", "cifar")
 GROUPS = ("natural", "specialized", "structured")
-TESTED = ("final", "derived")  # phases that saw the test split
 
 # What the runs of one cell must have in common, as paths into a record. The learning rate and the
 # weight decay may differ: they are tuned.
@@ -81,12 +80,11 @@ def validate(record: dict) -> None:
     if missing:
         raise ValueError(f"{named(record)} lacks {', '.join(missing)}: it is not a whole record.")
     metrics = dict(record["metrics"])
-    if record["phase"] in TESTED:
-        needed = metric_of(record)
-        if needed not in metrics:
-            raise ValueError(
-                f"{named(record)} is a {record['phase']} run without {needed} among its metrics."
-            )
+    needed = metric_of(record)
+    if needed not in metrics:
+        raise ValueError(
+            f"{named(record)} is a {record['phase']} run without {needed} among its metrics."
+        )
     for name, value in metrics.items():
         top = 100 if name.startswith("top1") else math.inf
         if not _number(value) or not 0 <= value <= top:
@@ -100,14 +98,20 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def tested(record: dict) -> bool:
+    """Whether a run saw the test split: final runs, and what is derived from them."""
+    return records.scored_as(record) == "final"
+
+
 def peeks(record: dict) -> bool:
-    """Whether the epoch that counts was chosen on the test set."""
-    return record["selection"] == "best_on_test"
+    """Whether the epoch that counts was chosen on the test set. What is derived from a run has the
+    weights of its last epoch."""
+    return record["selection"] == "best_on_test" and record["phase"] == "final"
 
 
 def metric_of(record: dict) -> str:
     """The accuracy that counts under a record's protocol."""
-    return "top1_best" if peeks(record) else "top1_last"
+    return "top1_best" if peeks(record) else "top1_last" if tested(record) else "top1_val"
 
 
 def cells(found: Iterable[dict]) -> dict[tuple, dict[tuple, Cell]]:
@@ -120,7 +124,7 @@ def cells(found: Iterable[dict]) -> dict[tuple, dict[tuple, Cell]]:
     keys: dict[str, dict] = {}
     for record in found:
         validate(record)
-        if record["phase"] not in TESTED:
+        if not tested(record):
             continue
         twin = keys.setdefault(record["key"], record)
         if twin is not record:

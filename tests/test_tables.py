@@ -192,6 +192,24 @@ def test_an_untrained_backbone_differs_with_the_seed():
     assert shown(runs)["rlrr"]["Seeds"] == "2"
 
 
+def test_what_is_derived_has_a_row_of_its_own_and_is_no_peek():
+    best = {"top1_last": 70.0, "top1_best": 75.0, "loss_last": 0.5}
+    of = record(selection="best_on_test", protocol="vtab_peek", metrics=best)
+    config = records.derived([of], {"experts": "single_1"})
+    made = of | {"phase": "derived", "config": config, "variant": "experts=single_1"}
+    made |= {"key": records.key_of(config), "metrics": {"top1_last": 50.0}}
+    found = shown([of, made])
+    assert (
+        found["rlrr"]["Digits"] == "75.0" and found["rlrr (experts=single_1)"]["Digits"] == "50.0"
+    )
+    text = markdown([of, made])
+    assert "| rlrr† |" in text and "| rlrr (experts=single_1) |" in text
+    tuned = of | {"phase": "grid", "metrics": {"top1_val": 99.0}}
+    config = records.derived([tuned], {"experts": "single_1"})
+    never = made | {"key": records.key_of(config), "config": config, "metrics": {"top1_val": 99.0}}
+    assert "99.0" not in markdown([of, made, never])
+
+
 def test_the_same_run_twice():
     with pytest.raises(ValueError, match="are the same run"):
         tabulate.table([record(), copy.deepcopy(record())])
