@@ -286,8 +286,7 @@ def show(cells: list[Cell]) -> None:
 
 def tabulate(cells: list[Cell], cfg: DictConfig) -> None:
     """Prints the table of the sweep's final runs and writes it as Markdown and PNG into
-    results/runs/<sweep>/, with a heat map for every cell that varied learning rate and weight
-    decay."""
+    results/runs/<sweep>/, with a heat map for every method that was tuned."""
     from scripts.plot import accuracy_plot
     from scripts.tabulate import markdown, table
 
@@ -300,7 +299,25 @@ def tabulate(cells: list[Cell], cfg: DictConfig) -> None:
     text = markdown(table(found)) + how_chosen(cells, cfg)
     records.write(folder / "table.md", text)
     accuracy_plot(found, folder / "table.png")
-    print(f"{text}\nwritten to {folder / 'table.md'} and {folder / 'table.png'}")
+    maps = draw_choices(cells, folder)
+    more = f"; how points were chosen: {', '.join(map(str, maps))}" if maps else ""
+    print(f"{text}\nwritten to {folder / 'table.md'} and {folder / 'table.png'}{more}")
+
+
+def draw_choices(cells: list[Cell], folder: Path) -> list[Path]:
+    """A heat map of learning rate and weight decay for every method that was tuned, a panel for
+    each of its tasks, with the chosen points marked; returns the files."""
+    from scripts.plot import heat_map
+
+    tuned: dict[str, list[dict]] = {}
+    for cell in cells:
+        if len(cell.candidates) > 1 and cell.chosen():
+            runs = [*cell.candidates, *cell.finals()]
+            tuned.setdefault(cell.cfg.method.name, []).extend(r.record for r in runs if r.entry)
+    paths = {folder / f"heat_{method}.png": found for method, found in tuned.items()}
+    for path, found in paths.items():
+        heat_map(found, path)
+    return list(paths)
 
 
 def how_chosen(cells: list[Cell], cfg: DictConfig) -> str:

@@ -49,6 +49,8 @@ def test_grid_choice_finals_and_table(tmp_path, capsys):
     assert {r["seed"] for r in finals} == {1, 2}
     table = (tmp_path / "runs/mini/table.md").read_text()
     assert "lora" in table and (tmp_path / "runs/mini/table.png").stat().st_size > 5000
+    for method in ("linear", "lora"):
+        assert (tmp_path / f"runs/mini/heat_{method}.png").stat().st_size > 5000
     capsys.readouterr()
 
     calls = []
