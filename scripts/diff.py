@@ -34,7 +34,11 @@ ORDER = {
         "derived_from",
     ],
     "method": ["method", "variant", "config.method", "tuned_params", "head_params"],
-    "hyper-parameters": ["config.optim", "config.precision", "provenance.precision"],
+    "hyper-parameters": [
+        *("config.optim.optimizer", "config.optim.lr", "config.optim.weight_decay"),
+        *("config.optim.epochs", "config.optim.steps", "config.optim.batch_size"),
+        *("config.optim", "config.precision", "provenance.precision"),
+    ],
     "seeds": ["seed", "config.seed", "config.data_seed", "config"],
     "versions": ["provenance.git_commit", "provenance.git_dirty", "provenance.versions"],
     "hardware": ["device", "provenance", "seconds", "images_per_second", "peak_memory_bytes"],
@@ -50,7 +54,9 @@ ABSENT = "(absent)"
 
 
 def flat(value: object, path: str = "") -> dict[str, object]:
-    """Leaves of nested mappings by their dotted paths; lists are leaves."""
+    """Leaves of nested mappings by their dotted paths; plain lists are leaves."""
+    if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        value = dict(enumerate(value))
     if not isinstance(value, Mapping):
         return {path: value}
     found: dict[str, object] = {}
@@ -98,7 +104,8 @@ def gap(one: Mapping, other: Mapping) -> list[str]:
         a, b = one["metrics"].get(counts[0]), other["metrics"].get(counts[1])
         change = f"   {b - a:+.2f}" if None not in (a, b) else ""
         lines.append(f"  what counts: {counts[0]} of A, {counts[1]} of B{change}")
-    for name in sorted({*one["metrics"], *other["metrics"]}):
+    named = {*one["metrics"], *other["metrics"]}
+    for name in sorted(named, key=lambda name: (not name.startswith("top1"), name)):
         a, b = (record["metrics"].get(name) for record in (one, other))
         change = f"   {b - a:+.2f}" if None not in (a, b) else ""
         lines.append(f"  {name:<12} {_figure(a):>8}   {_figure(b):>8}{change}")
@@ -109,9 +116,17 @@ def _figure(value: float | None) -> str:
     return DASH if value is None else f"{value:.2f}"
 
 
-def shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 68 else f"{text[:32]} … {text[-32:]}"
+def shown(*values: object) -> tuple[str, ...]:
+    """Values as text; of long ones the part where they begin to differ."""
+    texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+    if max(map(len, texts)) <= 80:
+        return tuple(texts)
+    differ = (i for i, signs in enumerate(zip(*texts)) if len({*signs}) > 1)
+    start = max(next(differ, min(map(len, texts))) - 16, 0)
+    return tuple(
+        "… " * bool(start) + text[start : start + 72] + " …" * (len(text) > start + 72)
+        for text in texts
+    )
 
 
 def compare(one: Mapping, other: Mapping) -> str:
@@ -125,7 +140,8 @@ def compare(one: Mapping, other: Mapping) -> str:
         if name != heading:
             lines += ["", name]
             heading = name
-        lines += [f"  {path}", f"    A {shown(a)}", f"    B {shown(b)}"]
+        a, b = shown(a, b)
+        lines += [f"  {path}", f"    A {a}", f"    B {b}"]
     if one["key"] == other["key"]:
         lines += ["", "Both have the same key: the same run, done twice."]
     return "\n".join(lines)
@@ -151,7 +167,7 @@ def compare_folders(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
         lines.append(f"  {_name(cell):<{width}}  {texts[0]:>13}  {texts[1]:>13}  {change:>7}")
         for name, path, *values in differences(a.record, b.record):
             entry = common.setdefault((name, path), {})
-            entry.setdefault(tuple(map(shown, values)), []).append(cell)
+            entry.setdefault(shown(*values), []).append(cell)
     mean = sum(grids[1][cell].mean - grids[0][cell].mean for cell in both) / len(both)
     lines.append(f"  {'mean gap':<{width}}  {'':>13}  {'':>13}  {mean:>+7.2f}")
     for label, grid, others in (("A", *grids), ("B", *grids[::-1])):

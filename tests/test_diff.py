@@ -75,6 +75,16 @@ def test_folders_by_cell(tmp_path, capsys):
     assert "config.optim.lr, in 1 of 1 cells\n    A 0.001\n    B 0.5" in text
 
 
+def test_long_values_show_where_they_differ():
+    places = [{"sites": ["qkv"], "tuner": {"rank": rank}} for rank in (4, 8)]
+    one, other = (record(config__method={"name": "rlrr", "placements": [p]}) for p in places)
+    text = diff.compare(one, other)
+    assert "config.method.placements.0.tuner.rank\n    A 4\n    B 8" in text
+    one, other = (record(provenance__pixels="x" * 200 + end) for end in ("first", "second"))
+    text = diff.compare(one, other)
+    assert "xfirst" in text and "xsecond" in text and max(map(len, text.splitlines())) < 100
+
+
 def test_records_and_run_folders_are_taken_alike(tmp_path, capsys):
     one, other = saved(tmp_path / "a", record()), saved(tmp_path / "b", record(top1=60.0))
     diff.main([str(next(one.rglob("record.json"))), str(next(other.rglob("record.json")).parent)])
