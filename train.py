@@ -31,7 +31,7 @@ from peft import parallel
 from peft import record as records
 from peft.checkpoint import History, Stop, resume, save_state
 from peft.member import Run
-from peft.memory import checkpointed, fastest_pack, peak_memory, with_advice
+from peft.memory import checkpointed, fastest_pack, out_of_memory, peak_memory, with_advice
 from peft.optimiser import check, learning_rate, length, make_optimizer, spared
 from peft.pack import Pack, Unstackable, numbers_of, why_not
 from peft.watch import Progress, describe, mirror, write_log
@@ -113,7 +113,7 @@ def attempt(runs: list[Run], device: torch.device) -> dict[Path, float | Excepti
     try:
         outcomes = train(runs, device)
     except Exception as error:
-        full, said = isinstance(error, torch.OutOfMemoryError), str(error).partition("\n")[0]
+        full, said = out_of_memory(error), str(error).partition("\n")[0]
         if len(runs) == 1 or not (full or isinstance(error, Unstackable)):
             return {one.folder: one.fail(with_advice(error)) for one in runs}
         half = len(runs) // 2 if full else 1

@@ -41,6 +41,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             records.write(self.folder / ".writable", "")
             (self.folder / ".writable").unlink()
+            for stray in self.folder.glob(".*.part"):  # of a run that was killed while it wrote
+                stray.unlink()
         except OSError as error:
             problem = OSError(
                 f"cannot write to {self.folder}: {error.strerror}. Make it writable, or give "
@@ -54,6 +56,7 @@ class Run:
 
     def fail(self, error: Exception) -> Exception:
         """Leaves failure.json and returns what ended the run."""
+        error = from_worker(error)
         reason = {
             "status": "failed",
             "reason": str(error),
@@ -89,3 +92,15 @@ class Run:
 def headline(record: Mapping) -> float:
     metrics = record["metrics"]
     return metrics.get("top1_best", metrics.get("top1_last", metrics.get("top1_val")))
+
+
+def from_worker(error: Exception) -> Exception:
+    """What went wrong in a process that decodes images, without the traceback that torch makes part
+    of the message."""
+    first, _, rest = str(error).partition("\n")
+    if not (first.startswith("Caught ") and "in DataLoader worker process" in first):
+        return error
+    said = rest.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    plain = type(error)(said)
+    plain.__cause__ = error
+    return plain

@@ -45,7 +45,9 @@ def largest(seconds: Callable[[int], float], most: int) -> int:
         larger = min(2 * size, most)
         try:
             now = seconds(larger)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             break
         if now > 0.95 * best:
             break
@@ -73,12 +75,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether the memory did not suffice; on a CPU torch says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def with_advice(error: Exception) -> Exception:
     """An error that says what to do where the memory did not suffice; others as they are."""
-    if not isinstance(error, torch.OutOfMemoryError):
+    if not out_of_memory(error):
         return error
     advised = torch.OutOfMemoryError(
-        f"{str(error).splitlines()[0]} optim.accumulate=2 takes a batch in two parts, "
+        f"{str(error).splitlines()[0].rstrip('.')}. optim.accumulate=2 takes a batch in two parts, "
         "grad_checkpointing=true keeps fewer activations"
     )
     advised.__cause__ = error

@@ -231,7 +231,7 @@ def write(path: Path, content: Mapping | str | bytes | memoryview) -> None:
         content = json.dumps(content, indent=1, allow_nan=False) + "\n"
     if isinstance(content, str):
         content = content.encode()
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

@@ -288,7 +288,11 @@ def test_fp16_is_trained_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "sizes"),
-    [(torch.OutOfMemoryError("no memory"), [4, 2, 2]), (Unstackable("x"), [4, 1, 1, 1, 1])],
+    [
+        (torch.OutOfMemoryError("no memory"), [4, 2, 2]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), [4, 2, 2]),
+        (Unstackable("x"), [4, 1, 1, 1, 1]),
+    ],
 )
 def test_a_pack_that_does_not_work_is_trained_in_parts(tmp_path, monkeypatch, error, sizes):
     seen, real = [], train.Pack
