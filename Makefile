@@ -11,7 +11,7 @@ PY           := $(VENV)/bin/python
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-full lint tables clean
+.PHONY: help setup install demo test test-full lint tables report clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ lint: setup ## Check the sources with ruff
 
 tables: setup ## Rebuild results/tables from results/records and results/published
 	@$(PY) -m scripts.tabulate all
+
+report: setup ## Rebuild results/tables/report.html: every table, plot and source in one page, from the same
+	@$(PY) -m scripts.report
 
 clean: ## Remove the virtual environment and caches; results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

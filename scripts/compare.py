@@ -7,33 +7,25 @@ averaged: a mean over tasks is taken over tasks that every compared row has.
 import collections
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from scripts import figures, published, ranks
+from scripts import figures, papers, published, ranks
 from scripts.figures import DAGGER
-from scripts.tabulate import Cell, cells, column_order, peeks, row_order, title_of
+from scripts.runs import Cell, cells, column_order, mean_of_means, peeks, row_order, title_of
+from scripts.tables import Line, Table
 
 Grid = Mapping[tuple, Mapping[tuple, Cell]]  # rows (method, variant, backbone), then columns
 
 
-def final_cells(found: Iterable[dict]) -> Grid:
+def grid_of(found: Iterable[dict]) -> Grid:
     grid = cells(found)
     if not grid:
         raise ValueError("There is no final run to draw; only final runs have a test accuracy.")
     return grid
-
-
-def row_of(record: dict) -> tuple[str, str, str]:
-    return record["method"], record["variant"], record["backbone"]
-
-
-def column_of(record: dict) -> tuple[str, str, str]:
-    return record["suite"], record["group"], record["task"]
 
 
 def whole(grid: Grid, needed: Collection[str] = ()) -> tuple[list[tuple], list[tuple]]:
@@ -42,13 +34,12 @@ def whole(grid: Grid, needed: Collection[str] = ()) -> tuple[list[tuple], list[t
     columns = {column for row in grid.values() for column in row}
     if needed:
         kept = sorted((column for column in columns if column[2] in needed), key=column_order)
-        rows = [row for row in grid if {column[2] for column in grid[row]} >= {*needed}]
-        return rows, kept
+        return [r for r in row_order(grid) if {c[2] for c in grid[r]} >= {*needed}], kept
     count = {column: sum(column in row for row in grid.values()) for column in columns}
     best: tuple[tuple[int, int], list, list] = (0, 0), [], []
     for least in sorted(set(count.values())):
         kept = sorted((c for c in columns if count[c] >= least), key=column_order)
-        rows = [row for row in grid if grid[row].keys() >= set(kept)]
+        rows = [row for row in row_order(grid) if grid[row].keys() >= set(kept)]
         size = len(rows) * len(kept), len(kept)
         if size > best[0]:
             best = size, rows, kept
@@ -56,12 +47,8 @@ def whole(grid: Grid, needed: Collection[str] = ()) -> tuple[list[tuple], list[t
 
 
 def _mean(grid: Grid, row: tuple, columns: Sequence[tuple]) -> tuple[float, float | None]:
-    """Mean over tasks, and its deviation taking them as independent; None with one seed."""
-    of = [grid[row][column] for column in columns]
-    mean = statistics.fmean(cell.mean for cell in of)
-    if any(cell.std is None for cell in of):
-        return mean, None
-    return mean, math.sqrt(sum(cell.std**2 for cell in of)) / len(of)
+    """Mean over tasks and its deviation; None with one seed."""
+    return mean_of_means([[grid[row][column] for column in columns]])
 
 
 def _panels(
@@ -71,7 +58,7 @@ def _panels(
     and columns compared, and what was left out. `beside`: the tasks of a suite whose mean was
     published, so that one mean is over the same tasks as the other. Raises ValueError where there
     are runs and none is final."""
-    grid = final_cells(found) if found else {}
+    grid = grid_of(found) if found else {}
     parts: dict[tuple, dict[tuple, dict[tuple, Cell]]] = {}
     for row, columns in grid.items():
         for column, cell in columns.items():
@@ -100,7 +87,6 @@ def _label(row: tuple, grid: Grid) -> str:
     return method + DAGGER * marked + f" ({variant})" * bool(variant)
 
 
-SUITES = {"vtab-1k": "vtab", "fgvc": "fgvc", "cifar-10": "cifar", "cifar-100": "cifar"}
 MEANS = {
     "mean_all": "mean over tasks",
     "mean_fgvc": "mean over tasks",
@@ -148,16 +134,17 @@ class Printed(NamedTuple):
 
 
 def printed(name: str) -> Printed:
-    """A table by its name, e.g. rlrr/table2. Raises ValueError for one that is not there or holds
-    no accuracies of images."""
-    paper, _, table = name.partition("/")
+    """A table by its name, e.g. rlrr/table2. Raises ValueError for one that is not there, that is
+    several, or that holds no accuracies."""
+    name, *others = papers.find(name)
+    if others:
+        raise ValueError(f"These are several tables, name one: {', '.join([name, *others])}.")
+    paper, number = papers.catalogue()[name]
     frame = published.numbers(paper)
-    frame = frame[frame["benchmark"].isin(SUITES) & frame["metric"].isin(published.SCORES)]
-    short = {name: _plain(name) for name in dict.fromkeys(frame["table"])}
-    frame = frame[frame["table"].map(short) == _plain(table)]
+    frame = frame[(frame["table"] == number) & frame["metric"].isin(published.SCORES)]
+    frame = frame[frame["benchmark"].isin(papers.SUITES)]
     if frame.empty:
-        there = ", ".join(f"{paper}/table{name}" for name in short.values())
-        raise ValueError(f"{paper} has no table {table!r} of accuracies; there is {there}.")
+        raise ValueError(f"{name} holds no accuracies of images on a benchmark of this suite.")
     rows: dict[tuple, dict[str, float]] = {}
     params = {}
     for line in frame.itertuples():
@@ -167,11 +154,6 @@ def printed(name: str) -> Printed:
         if line.params_M:
             params[row] = float(line.params_M)
     return Printed(name, frame["benchmark"].iloc[0], rows, params)
-
-
-def _plain(table: str) -> str:
-    """T2, table2 and 2 are one table; S5 and A.6 are of a supplement."""
-    return re.sub(r"^(table|t)_?|\.", "", table.lower())
 
 
 COSTS = {
@@ -186,23 +168,16 @@ def cost(found: Iterable[dict], kind: str, table: Printed | None = None) -> Figu
     depends on it; the published rows in the panel of theirs, or in one of their own."""
     field, unit, xlabel = COSTS[kind]
     panels, notes = {}, []
-    found = list(found)
     also = ["device"] if kind != "params" else []
-    same = {SUITES[table.benchmark]: table.tasks} if table else {}
+    if also:  # an evaluation of other runs cost no training
+        found = [record for record in found if record["phase"] == "final"]
+    same = {papers.SUITES[table.benchmark]: table.tasks} if table else {}
     for title, (grid, rows, columns, note) in _panels(found, *also, beside=same).items():
         points = []
         for row in rows:
             mean, std = _mean(grid, row, columns)
-            spent = {
-                column: [
-                    record[field]
-                    for record in found
-                    if record["phase"] == "final"
-                    and (row_of(record), column_of(record)) == (row, column)
-                ]
-                for column in columns
-            }
-            x = statistics.fmean(statistics.fmean(values) for values in spent.values()) / unit
+            spent = [[record[field] for record in grid[row][c].runs] for c in columns]
+            x = statistics.fmean(map(statistics.fmean, spent)) / unit
             peeking = any(peeks(grid[row][column].record) for column in columns)
             points.append(
                 figures.Point(_label(row, grid), x, mean, std, "peeks" if peeking else "ours")
@@ -229,7 +204,7 @@ def _printed_points(table: Printed) -> dict[str, list[figures.Point]]:
         backbone = row[2] if count[row[2]] > 1 else usual
         label = table.label(row, backbone)
         point = figures.Point(label, params, table.score(row)[0], kind="published")
-        panels.setdefault(f"{SUITES[table.benchmark]}, {backbone}", []).append(point)
+        panels.setdefault(f"{papers.SUITES[table.benchmark]}, {backbone}", []).append(point)
     return panels
 
 
@@ -267,7 +242,7 @@ def ablation(
     """
     panels: dict[tuple[str, str], list[figures.Curve]] = {}
     varied: set[str] = set()
-    same = {SUITES[table.benchmark]: table.tasks} if table else {}
+    same = {papers.SUITES[table.benchmark]: table.tasks} if table else {}
     for title, (grid, *_) in _panels(found).items():
         suite = title.partition("\n")[0]
         for method in sorted({row[0] for row in grid}):
@@ -343,7 +318,7 @@ def _printed_lines(table: Printed) -> dict[tuple[str, str], list[figures.Curve]]
         if key == "location":
             value = value.replace("_", " ").replace("mha", "MHA").replace("ffn", "FFN")
             value = value.replace("+", " +\n")
-        where = f"{method}, {SUITES[table.benchmark]}, {backbone}", key
+        where = f"{method}, {papers.SUITES[table.benchmark]}, {backbone}", key
         name = f"{table.name}, {meaning}" + f"; {kind}" * bool(kind)
         lines.setdefault(where, {}).setdefault(name, {})[value] = score, None
     return {
@@ -352,30 +327,36 @@ def _printed_lines(table: Printed) -> dict[tuple[str, str], list[figures.Curve]]
     }
 
 
-def beside(found: Iterable[dict], table: Printed) -> Figure:
-    """Ours beside the published: for every row of a table its data set or its means."""
-    grid = cells(found)
-    own = {
-        row: {column[2]: cell for column, cell in columns.items()} for row, columns in grid.items()
-    }
-    every = list(dict.fromkeys(name for row in table.rows.values() for name in row))
-    names = [name for name in every if name.startswith("mean_")] or every
-    panels: dict[str, list[figures.Pair]] = {name: [] for name in names}
-    for row in table.rows:
-        mine = own.get(row, {})
-        means = {task: cell.mean for task, cell in mine.items()}
-        means |= published.recomputed(table.benchmark, means)
-        kind = "peeks" if any(peeks(cell.record) for cell in mine.values()) else "ours"
-        for name in names:
-            std = mine[name].std if name in mine else None
-            value = (means[name], std) if name in means else None
-            panels[name].append(figures.Pair(value, table.rows[row].get(name), kind))
+def label_of(table: Table, line: Line) -> str:
+    """Method, variant and what else tells the rows of a table apart, as a user types them."""
+    shown = {c.key: line.entry(c).text for c in table.columns if c.kind == "label"}
+    method, variant = shown.pop("method", ""), shown.pop("variant", "")
+    name = method + (f" ({variant})" if variant and method else variant)
+    if {"backbone", "pretraining"} & shown.keys():
+        parts = [line.key.get("backbone"), line.key.get("pretraining")]
+        shown["backbone"] = "_".join(part for part in parts if part and part != "unspecified")
+        shown.pop("pretraining", None)
+    return ", ".join(filter(None, [name, *shown.values()]))
+
+
+def beside(table: Table) -> Figure:
+    """Ours beside the published: for every row of a table its means, or its data sets."""
+    scores = [column for column in table.columns if column.kind == "score"]
+    means = [column for column in scores if column.key.startswith("mean_")] or scores
+    lines = {(line.row, line.source): line for line in table.lines}
+    rows = [line for line in table.lines if line.source == "published"]
+    panels: dict[str, list[figures.Pair]] = {column.title: [] for column in means}
+    for row in rows:
+        ours = lines.get((row.row, "ours"))
+        for column in means:
+            mine = ours.entry(column) if ours else None
+            value = (mine.value, mine.std) if mine and mine.value is not None else None
+            kind = "peeks" if ours and DAGGER in ours.marks else "ours"
+            panels[column.title].append(figures.Pair(value, row.entry(column).value, kind))
     note = f"{AS_PRINTED}."
     if not any(pair.ours for pairs in panels.values() for pair in pairs):
         note = f"No run of ours has these yet. {note}"
-    titles = {name: name.replace("mean_", "mean, ") for name in names}
-    rows = [table.label(row) for row in table.rows]
-    return figures.beside(rows, {titles[n]: pairs for n, pairs in panels.items()}, note)
+    return figures.beside([label_of(table, row) for row in rows], panels, note)
 
 
 def _text(value: object) -> str:

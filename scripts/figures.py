@@ -79,9 +79,10 @@ def heat_maps(groups: Sequence[Sequence[Map]], xlabel: str, ylabel: str, note: s
     """A panel for each map, coloured on a scale of its own; a frame and a star mark the choice.
     Every group begins a new line."""
     wide, high = (max(len(m[i]) for group in groups for m in group) for i in (1, 2))
-    fit = max(1, int(10 / (0.75 + 0.55 * wide)))
-    lines = [group[i : i + fit] for group in groups for i in range(0, len(group), fit)]
-    across = max(map(len, lines))
+    fit = max(1, int(12 / (0.75 + 0.55 * wide)))
+    most = max(map(len, groups))
+    across = math.ceil(most / math.ceil(most / fit))  # lines of about the same length
+    lines = [group[i : i + across] for group in groups for i in range(0, len(group), across)]
     size = max(0.8 + across * (0.75 + 0.55 * wide), 3.6), 0.75 + len(lines) * (0.75 + 0.34 * high)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(lines), across, squeeze=False)
@@ -121,6 +122,9 @@ def _heat_map(axis: Axes, panel: Map) -> None:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_title(panel.title, linespacing=1.3)
+
+
+WAYS = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]  # label from point
 
 
 class Point(NamedTuple):
@@ -225,37 +229,39 @@ def _name(axis: Axes, points: Sequence[Point]) -> None:
         half = axis.transData.transform((p.x, p.y + (p.std or 0)))[1] - y
         taken += [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)]
         taken += [Bbox.from_extents(x - 2, y - half, x + 2, y + half)]
-    ways = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+    unit = axis.figure.dpi / 72  # pixels of a point
     for p in sorted(points, key=lambda p: (-p.y, p.x, p.label)):
-        best = None
+        text = axis.annotate(
+            p.label, (p.x, p.y), (0, 0), textcoords="offset points", fontsize=7.5, zorder=5
+        )
+        text.update_positions(renderer)
+        size = Text.get_window_extent(text, renderer)
+        x, y = axis.transData.transform((p.x, p.y))
+        best = math.inf, None
         for far in (6, 11, 18, 27, 38, 52):
-            for dx, dy in ways:
-                text = axis.annotate(
-                    p.label,
-                    (p.x, p.y),
-                    (dx * far * (0.75 if dy else 1), dy * far),
-                    textcoords="offset points",
-                    ha={-1: "right", 0: "center", 1: "left"}[dx],
-                    va={-1: "top", 0: "center", 1: "bottom"}[dy],
-                    fontsize=7.5,
-                    zorder=5,
-                    arrowprops={"arrowstyle": "-", "lw": 0.5, "color": GREY} if far > 11 else None,
-                )
-                text.update_positions(renderer)
-                box = Text.get_window_extent(text, renderer)
-                area = Bbox.intersection(box, inside)
-                out = box.width * box.height - (area.width * area.height if area else 0)
-                met = [Bbox.intersection(box, other) for other in taken]
-                cost = out + sum(m.width * m.height for m in met if m) + 0.05 * far
-                if best is None or cost < best[0]:
-                    if best:
-                        best[1].remove()
-                    best = cost, text, box
-                else:
-                    text.remove()
+            for dx, dy in WAYS:
+                shift = dx * far * (0.75 if dy else 1), dy * far
+                left = x + shift[0] * unit - size.width * (1 - dx) / 2
+                low = y + shift[1] * unit - size.height * (1 - dy) / 2
+                box = Bbox.from_bounds(left, low, size.width, size.height)
+                cost = _area(box) - _area(Bbox.intersection(box, inside)) + 0.05 * far
+                cost += sum(_area(Bbox.intersection(box, other)) for other in taken)
+                if cost < best[0]:
+                    best = cost, (shift, dx, dy, far, box)
             if best[0] < 3:
                 break
-        taken.append(best[2])
+        shift, dx, dy, far, box = best[1]
+        text.set_position(shift)
+        text.set_ha({-1: "right", 0: "center", 1: "left"}[dx])
+        text.set_va({-1: "top", 0: "center", 1: "bottom"}[dy])
+        if far > 11:
+            leader = {"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkA": 0, "shrinkB": 3}
+            axis.annotate("", (p.x, p.y), shift, textcoords="offset points", arrowprops=leader)
+        taken.append(box)
+
+
+def _area(box: Bbox | None) -> float:
+    return box.width * box.height if box else 0.0
 
 
 class Curve(NamedTuple):
@@ -366,9 +372,10 @@ def save(figure: Figure, path: Path) -> None:
     records.write(path, rendered(figure, path.suffix[1:]))
 
 
-def rendered(figure: Figure, kind: str) -> bytes:
+def rendered(figure: Figure, kind: str, words: bool = False) -> bytes:
+    """A figure as png or svg; with `words` an SVG keeps its words, in the reader's font."""
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     content = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | {"svg.fonttype": "none" if words else "path"}):
         figure.savefig(content, format=kind, dpi=160, metadata=metadata)
     return content.getvalue()

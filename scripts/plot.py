@@ -27,33 +27,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from scripts import figures
-from scripts.compare import (
-    Grid,
-    Printed,
-    ablation,
-    beside,
-    column_of,
-    cost,
-    final_cells,
-    printed,
-    ranking,
-    row_of,
-)
+from scripts import figures, papers
+from scripts.compare import Grid, Printed, ablation, beside, cost, grid_of, printed, ranking
 from scripts.figures import BLUE, DAGGER, ORANGE, save
-from scripts.tabulate import (
-    DASH,
-    PUBLISHED,
+from scripts.runs import (
     Cell,
     collect,
+    column_of,
     column_order,
     peeks,
+    row_of,
     row_order,
-    text_of,
     title_of,
 )
-
-RECORDS, TABLES = PUBLISHED.parent / "records", PUBLISHED.parent / "tables"
+from scripts.tables import DASH, text_of
+from scripts.tabulate import RECORDS, TABLES, under
 
 
 def accuracy_plot(found: Iterable[dict], path: str | Path) -> None:
@@ -78,7 +66,7 @@ def heat_map(found: Iterable[dict], path: str | Path) -> None:
 def seeds(found: Iterable[dict]) -> Figure:
     """One panel per task, one line per row: a small dot for every seed, a large one for their mean,
     so that a spread is seen and not only stated."""
-    grid = final_cells(found)
+    grid = grid_of(found)
     columns = sorted({column for row in grid.values() for column in row}, key=column_order)
     rows = row_order(grid)
     across = min(4, len(columns))
@@ -187,7 +175,7 @@ DRAW: dict[str, Callable[[Sequence[dict], Printed | None], Figure]] = {
     "ablation": lambda found, table: ablation(found, None, table),
     "ranks": ranking,
     "seeds": lambda found, table: seeds(found),
-    "published": beside,
+    "published": lambda found, table: beside(papers.published_table(table.name, found)),
 }
 PUBLISHED_TOO = {"params", "ablation", "ranks", "published"}
 
@@ -211,14 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.kind == "published" and not table:
         raise ValueError("Which table? For example: published --published rlrr/table2.")
     nothing = table and not any(options.folder.rglob("record.json"))
-    found = [] if nothing else collect(options.folder)
-    if options.protocol and found:
-        there = sorted({record["protocol"] for record in found})
-        found = [record for record in found if record["protocol"] == options.protocol]
-        if not found:
-            raise ValueError(
-                f"No run has protocol {options.protocol!r}; there is {', '.join(there)}."
-            )
+    found = [] if nothing else under(collect(options.folder), options.protocol)
     if options.over and options.kind != "ablation":
         raise ValueError(f"--over goes with ablation, not with {options.kind}.")
     if options.over:
