@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -176,20 +176,22 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 def interleaved(
-    works: Mapping[str, Callable[[], object]], device: str, rounds: int, bar: tqdm | None = None
+    works: Mapping[str, Callable[[], object]],
+    device: str,
+    rounds: int,
+    warm: Container[str] = (),
 ) -> dict[str, list[float]]:
-    """Seconds of each in every round, after a round to warm up. A round calls each once; rounds
-    start at different ones, so that none always follows the same neighbour.
+    """Seconds of each in every round, after a call to warm up of those that are not `warm`. A round
+    calls each once; rounds start at different ones, so that none always follows the same neighbour.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     order = list(works)
-    for turn in range(rounds + 1):
+    for name in order:
+        if name not in warm:
+            works[name]()
+    for turn in range(rounds):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            took = timed(works[name], device)
-            if turn:
-                times[name].append(took)
-            if bar is not None:
-                bar.update()
+            times[name].append(timed(works[name], device))
     return times
 
 

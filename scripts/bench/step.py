@@ -156,7 +156,8 @@ def group(methods: list[str], shape: Shape, rate: float) -> list[dict]:
             "tuned_params": peft.count(model)["tuned"],
             **memory(model, works[method], shape),
         }
-    times = measure.interleaved(works, shape.device, shape.rounds)
+    counted = {*rows, "full"}  # and thereby warm
+    times = measure.interleaved(works, shape.device, shape.rounds, counted)
     for method, row in rows.items():
         took = median(times[method])
         row["seconds"] = round(took, 5)
