@@ -115,8 +115,8 @@ def peak(work: Callable[[], None], device: str) -> float:
 
 
 def where(step: Callable[[], None], device: str) -> dict[str, dict[str, float]]:
-    """The share in a step's time of each kind of operator, and of the five slowest ones (in the
-    device's time, on a GPU)."""
+    """The share in a step's time of each kind of operator, and of the five slowest ones. On a GPU
+    in the device's time, with `busy`, its share in the step's."""
     on_gpu = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as trace:
@@ -133,7 +133,9 @@ def where(step: Callable[[], None], device: str) -> dict[str, dict[str, float]]:
         kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "other")
         kinds[kind] += took
     slowest = sorted(spent.items(), key=lambda item: -item[1])[:5]
+    busy = {"busy": round(total / 1e6 / measure.timed(step, device), 3)} if on_gpu else {}
     return {
+        **busy,
         "kinds": {kind: round(took / total, 3) for kind, took in kinds.items()},
         "slowest": {name: round(took / total, 3) for name, took in slowest},
     }
