@@ -169,7 +169,7 @@ class Pack:
             logits, extra = self.forward(images)
             return logits[None], extra[None]
         numbers = [
-            images.new_tensor([self.numbers[k][place] for k in self.members])
+            torch.tensor([self.numbers[k][place] for k in self.members], device=images.device)
             for place in self.numbers[0]
         ]
         return self.forward(self.stacks(), numbers, images)

@@ -24,7 +24,8 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int, batch_size: int, quiet: bool = False):
         self.title, self.batch_size, self.quiet = title, batch_size, quiet
-        self.first, self.started = done, time.monotonic()
+        self.total, self.first, self.done = total, done, done
+        self.started = time.monotonic()
         self.bar = tqdm(
             total=total,
             initial=done,
@@ -42,19 +43,26 @@ class Progress:
 
     def step(self, sums: Tensor) -> None:
         """sums: (K, 3) of the epoch so far; loss * images, right answers, images."""
+        self.done += 1
         if self.bar.update():  # true when it was redrawn: the only times that a GPU is waited for
             loss, right, seen = sums.sum(0).tolist()
-            steps = self.bar.n - self.first
-            speed = steps * self.batch_size * len(sums) / (time.monotonic() - self.started)
+            speed = len(sums) * self.batch_size / self.seconds()
             self.bar.set_postfix_str(
                 f"loss {loss / seen:.3f}, top-1 {100 * right / seen:.1f} %, {speed:.0f} images/s"
             )
 
+    def seconds(self) -> float:
+        """Of a step, on average since the start or the checkpoint."""
+        return (time.monotonic() - self.started) / max(1, self.done - self.first)
+
     def epoch(self, row: Mapping, epochs: int) -> None:
         if self.bar.disable and not self.quiet:
+            tested = f", (test) {row['top1']:.1f} %" if "top1" in row else ""
+            left = tqdm.format_interval((self.total - self.done) * self.seconds())
             print(
                 f"{self.title}: epoch {row['epoch']}/{epochs}, loss {row['loss']:.3f}, top-1 "
-                f"(train) {row['top1_train']:.1f} %",
+                f"(train) {row['top1_train']:.1f} %{tested}, "
+                f"{self.batch_size / self.seconds():.0f} images/s, {left} left",
                 flush=True,
             )
 
