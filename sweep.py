@@ -384,6 +384,11 @@ def command() -> None:
     for argument in sys.argv[1:]:
         root = re.split(r"[=./@]", argument.lstrip("+~"))[0]
         (theirs if "=" in argument and root not in own else mine).append(argument)
+    # These hold keys of runs: what is given replaces what the yaml has, where Hydra would merge.
+    free = re.compile(r"sweep\.(grid|variants|per_method)=")
+    for argument in filter(free.match, list(mine)):
+        at, key = mine.index(argument), argument.partition("=")[0]
+        mine[at : at + 1] = [f"++{key}=null", f"++{argument}"]
     sys.argv[1:] = [*mine, f"overrides={json.dumps(theirs)}"] if theirs else mine
     main()
 

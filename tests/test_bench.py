@@ -222,3 +222,10 @@ def test_help(capsys):
     assert main(["nothing"]) == 2
     assert main(["step", "help"]) == 0
     assert "rounds" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_listing_lists_every_record(result):
+    found = result("listing", "records=525")
+    assert found["records"] == 525 and found["cells"] == 1
+    assert set(found["seconds"]) == {"start", "first", "plan", "status"}

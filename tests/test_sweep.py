@@ -157,6 +157,19 @@ def test_a_key_of_the_runs_needs_no_quoting(tmp_path, monkeypatch):
     assert list(cfg.overrides) == ["optim.epochs=1", "seed=3"]
 
 
+def test_a_grid_that_is_given_replaces_the_yamls(monkeypatch):
+    """Hydra alone would merge the two, and refuse a key that the yaml's grid does not vary."""
+    seen = []
+    monkeypatch.setattr(sweep, "main", lambda: seen.extend(sweep.sys.argv[1:]))
+    grid, variants = "sweep.grid={method.rank:[2,4]}", "sweep.variants={optim.epochs:[1,2]}"
+    line = ["sweep.py", "sweep=mini", grid, variants, "sweep.per_method={}"]
+    monkeypatch.setattr(sweep.sys, "argv", line)
+    sweep.command()
+    found = compose("sweep", seen).sweep
+    assert found.grid == {"method.rank": [2, 4]} and found.per_method == {}
+    assert found.variants == {"optim.epochs": [1, 2]}
+
+
 def test_a_grid_of_what_others_refer_to_is_resolved_anew(tmp_path):
     cfg = config(
         tmp_path,

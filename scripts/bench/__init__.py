@@ -7,6 +7,7 @@
     python -m scripts.bench pack     runs an hour, 1 to 64 at once over one backbone
     python -m scripts.bench run      a whole VTAB-shaped run beside the loop of released code
     python -m scripts.bench loader   input beside decoding; a streamed test set's memory
+    python -m scripts.bench listing  plan and status of a sweep over 10,000 records
     python -m scripts.bench readme   the table of these figures in README.md
 
 Options are key=value: device=cuda, and what `python -m scripts.bench NAME help` lists. Writes

@@ -10,7 +10,7 @@ import torch
 
 from eval import device_of
 from scripts import bench
-from scripts.bench import cost, loader, measure, merge, pack, paths, readme, run, step
+from scripts.bench import cost, listing, loader, measure, merge, pack, paths, readme, run, step
 from scripts.prepare import options
 
 # Each takes its options as text, by name, and returns what goes into the file.
@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[Callable[[Mapping[str, str]], dict], Mapping[str, str]
     "pack": (pack.pack, pack.OPTIONS),
     "run": (run.run, run.OPTIONS),
     "loader": (loader.loader, loader.OPTIONS),
+    "listing": (listing.listing, listing.OPTIONS),
 }
 
 

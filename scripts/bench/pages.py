@@ -151,6 +151,14 @@ def loader(result: dict) -> list[str]:
     ]
 
 
+def listing(result: dict) -> list[str]:
+    named = {"start": "over an empty folder", "first": "status, without an index"}
+    named |= {"plan": "plan", "status": "status"}
+    rows = [(text, f"{result['seconds'][key]:.1f}") for key, text in named.items()]
+    said = f"{result['records']:,} finished runs in {result['cells']} cells; whole processes."
+    return [said, grid(["command", "seconds"], rows)]
+
+
 PARTS: dict[str, Callable[[dict], list[str]]] = {
     "cost": cost,
     "step": step,
@@ -159,6 +167,7 @@ PARTS: dict[str, Callable[[dict], list[str]]] = {
     "pack": pack,
     "run": run,
     "loader": loader,
+    "listing": listing,
 }
 
 
