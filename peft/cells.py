@@ -176,14 +176,15 @@ def _known(there: bool, path: str) -> None:
 
 
 def product(axes: Mapping | list | None) -> list[dict]:
-    """The points of {path: values} in the order of the yaml, the last axis fastest; a list of
-    points is taken as it is."""
+    """The points of {path: values} in the order of the yaml, the last axis fastest. Of a list,
+    those of each of its parts in turn; what is no list there is the only value of its axis."""
     if not axes:
         return [{}]
-    if isinstance(axes, Mapping):
-        every = itertools.product(*axes.values())
-        return [dict(zip(axes, values, strict=True)) for values in every]
-    return [dict(point) for point in axes]
+    points = []
+    for part in [axes] if isinstance(axes, Mapping) else axes:
+        values = [each if isinstance(each, list) else [each] for each in part.values()]
+        points += [dict(zip(part, point, strict=True)) for point in itertools.product(*values)]
+    return points
 
 
 def check(sweep: Mapping) -> None:

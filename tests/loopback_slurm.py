@@ -94,7 +94,8 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     plugins, ports = (libraries / "slurm-wlm").absolute(), free_ports(3)
     conf.write_text(CONF.format(host=host, user=user, ports=ports, plugins=plugins, folder=folder))
     environment = dict(os.environ, SLURM_CONF=str(conf))
-    environment["LD_LIBRARY_PATH"] = f"{plugins}:{libraries.absolute()}"
+    if where != Path("/"):  # the system's own are found; named here, they would shadow Python's
+        environment["LD_LIBRARY_PATH"] = f"{plugins}:{libraries.absolute()}"
     bin_ = folder / "bin"
     bin_.mkdir()
     environment["PATH"] = f"{bin_}:{where.absolute()}/usr/bin:{os.environ['PATH']}"
