@@ -252,7 +252,7 @@ def ablation(
                 varied |= {key} if lines else set()
                 if lines and over in (None, key):
                     panels[f"{method}, {suite}", key] = lines
-    for (title, key), lines in _printed_lines(table).items() if table else ():
+    for (title, key), lines in printed_lines(table).items() if table else ():
         varied |= {key}
         if over in (None, key):
             panels.setdefault((title, key), []).extend(lines)
@@ -303,13 +303,13 @@ def _lines(rows: Grid, key: str, needed: Collection[str] = ()) -> list[figures.C
     return lines
 
 
-def _printed_lines(table: Printed) -> dict[tuple[str, str], list[figures.Curve]]:
+def printed_lines(table: Printed) -> dict[tuple[str, str], list[figures.Curve]]:
     """The rows whose variant is one `key=value`; an expert mask's kind is a line of its own."""
     lines: dict[tuple[str, str], dict[str, dict[str, tuple]]] = {}
     for row in table.rows:
         method, variant, backbone = row
         key, _, value = variant.partition("=")
-        if not value or "," in variant:
+        if not key.isidentifier() or "," in variant:
             continue
         score, meaning = table.score(row)
         kind = ""
@@ -321,10 +321,13 @@ def _printed_lines(table: Printed) -> dict[tuple[str, str], list[figures.Curve]]
         where = f"{method}, {papers.SUITES[table.benchmark]}, {backbone}", key
         name = f"{table.name}, {meaning}" + f"; {kind}" * bool(kind)
         lines.setdefault(where, {}).setdefault(name, {})[value] = score, None
-    return {
-        where: [figures.Curve(name, values, True) for name, values in named.items()]
+    made = {
+        where: [
+            figures.Curve(name, values, True) for name, values in named.items() if len(values) > 1
+        ]
         for where, named in lines.items()
     }
+    return {where: curves for where, curves in made.items() if curves}
 
 
 def label_of(table: Table, line: Line) -> str:

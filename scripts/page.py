@@ -19,7 +19,7 @@ from scripts.runs import metric_of, peeks
 from scripts.tables import Column, Line, Table
 
 FRAME = Path(__file__).with_name("report.html")
-SOURCES = {"published": "published", "ours": "ours", "delta": "ours − published"}
+SOURCES = {"published": "published", "ours": "ours", "delta": "Δ"}
 # Colours that follow the reader's light or dark page.
 THEME = {
     figures.INK: "var(--ink)",
@@ -178,9 +178,11 @@ def _figures(table: Table) -> list[Column]:
 
 
 def _header(table: Table) -> str:
-    columns = [Column("row", "Method", "label"), *_figures(table)]
+    labels = [column.title for column in table.columns if column.kind == "label"]
+    first = "Method" if "Method" in labels else labels[0]
+    columns = [Column("row", first, "label"), *_figures(table)]
     groups = ""
-    if any(column.group for column in columns):
+    if {column.group for column in columns} - {None, "means"}:
         spans: list[list] = []
         for column in columns:
             if spans and spans[-1][0] == column.group:
@@ -198,7 +200,8 @@ def _header(table: Table) -> str:
         f'data-title="{safe(column.title)}"><button>{safe(column.title)}</button></th>'
         for column in columns
     )
-    return f'<thead><tr class="groups">{groups}</tr><tr>{heads}</tr></thead>'
+    groups = f'<tr class="groups">{groups}</tr>' if groups else ""
+    return f"<thead>{groups}<tr>{heads}</tr></thead>"
 
 
 def csv_lines(table: Table, line: Line) -> dict[str, int]:

@@ -71,7 +71,8 @@ def seeds(found: Iterable[dict]) -> Figure:
     rows = row_order(grid)
     across = min(4, len(columns))
     down = -(-len(columns) // across)
-    size = 1.0 + 2.9 * across, 0.35 + down * (0.9 + 0.28 * len(rows))
+    lines = 0.36 if any(variant for _, variant, _ in rows) else 0.28
+    size = 1.0 + 2.9 * across, 0.35 + down * (0.9 + lines * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(down, across, sharey=True, squeeze=False)
     for axis in axes.flat[len(columns) :]:

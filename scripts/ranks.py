@@ -141,8 +141,9 @@ def _diagram(axis: Axes, panel: Ranking) -> None:
         y = 0.9 * (left - 1 - (place if near else count - 1 - place)) - _depth(panel)
         end = 1 - off if near else count + off
         axis.plot([rank, rank, end], [0, y, y], color=GREY, lw=0.9)
-        text = f"{name}  {rank:.2f}" if near else f"{rank:.2f}  {name}"
-        axis.text(end, y, f" {text} ", ha="right" if near else "left", va="center")
+        text = f"{name}, {rank:.2f}" if near else f"{rank:.2f}, {name}"
+        beside = end - off / 5 if near else end + off / 5
+        axis.text(beside, y, text, ha="right" if near else "left", va="center")
     for level, (start, stop) in enumerate(panel.alike):
         y = -0.5 - 0.55 * level
         ends = [ranks[start] - off / 7, ranks[stop] + off / 7]

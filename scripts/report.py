@@ -113,7 +113,7 @@ def _published_plots(page: Page, shown: Table, found: Sequence[dict]) -> None:
     suite = papers.SUITES[table.benchmark]
     ours = [record for record in found if record["suite"] == suite and tested(record)]
     draw = {}
-    if any("=" in variant and "," not in variant for _, variant, _ in table.rows):
+    if compare.printed_lines(table):
         draw[PLOTS["ablation"]] = lambda: compare.ablation(ours, None, table)
     elif len(table.params) > 3:
         draw[PLOTS["params"]] = lambda: compare.cost(ours, "params", table)
