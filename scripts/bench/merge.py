@@ -1,7 +1,7 @@
 """A merged model's forward pass beside the bare backbone's: 1.00, since both run the same layers.
 
-One method at a time, interleaved with the bare backbone, the two in turn first. `control` is the
-bare backbone beside a copy of itself: how far from 1 this machine's clock alone goes.
+One method at a time, merged and not, interleaved with the bare backbone. `control` is the bare
+backbone beside a copy of itself: how far from 1 this machine's clock alone goes.
 `operations_to_bare` is counted.
 """
 
@@ -19,25 +19,25 @@ OPTIONS = {
     "backbone": "vit_b16_in21k",
     "blocks": "2 on a CPU, 12 on a GPU",
     "batch": "1 on a CPU, 32 on a GPU",
-    "rounds": "16 on a CPU, 10 on a GPU",
+    "rounds": "30",
     "methods": "names with commas; every one that merges",
 }
 
 
 def merge(given: Mapping[str, str]) -> dict:
-    shape = measure.shape_of(given, batch=1, rounds=16)
+    shape = measure.shape_of({"rounds": "30", **given}, batch=1, rounds=30)
     methods, _ = measure.chosen(given, shape.backbone)
     bare = model_in(shape, "linear")
     operations = measure.flops(inference(bare, shape))
 
-    def beside(other: torch.nn.Module) -> float:
-        works = {"bare": inference(bare, shape), "other": inference(other, shape)}
+    def beside(**others: torch.nn.Module) -> dict[str, float]:
+        works = {name: inference(other, shape) for name, other in {"bare": bare, **others}.items()}
         times = measure.interleaved(works, shape.device, shape.rounds)
-        return measure.ratio(times, "other", "bare")
+        return {f"{name}_to_bare": round(measure.ratio(times, name, "bare"), 4) for name in others}
 
     rows, refused = [], {}
     with measure.progress(len(methods), "merge (methods)") as bar:
-        control = beside(copy.deepcopy(bare))
+        control = beside(copy=copy.deepcopy(bare))["copy_to_bare"]
         for method in methods:
             bar.update()
             model = model_in(shape, method)
@@ -54,8 +54,7 @@ def merge(given: Mapping[str, str]) -> dict:
             rows.append(
                 {
                     "method": method,
-                    "merged_to_bare": round(beside(merged), 4),
-                    "unmerged_to_bare": round(beside(model), 4),
+                    **beside(merged=merged, unmerged=model),
                     "operations_to_bare": counted / operations,
                     "tensors_gained": sorted(gained),
                 }
@@ -64,7 +63,7 @@ def merge(given: Mapping[str, str]) -> dict:
     return {
         "measured": "a forward pass",
         **shape.facts,
-        "control": round(control, 4),
+        "control": control,
         "smallest": min(ratios, default=None),
         "largest": max(ratios, default=None),
         "methods": rows,
