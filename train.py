@@ -12,6 +12,7 @@ its last checkpoint, to the same bits on the CPU.
 
 import gc
 import math
+import re
 import time
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def run_pack(cfgs: list[DictConfig]) -> list[float | Exception]:
         )
     for one in runs:
         check(one.cfg.optim)
+        if not re.fullmatch("auto|all|[1-9][0-9]*", str(one.cfg.pack)):
+            raise ValueError(f"pack={one.cfg.pack} is neither auto, nor all, nor a number from 1")
     device = parallel.join(device_of(cfgs[0].device))
     found: dict[Path, float | Exception] = {}
     waiting = {}
@@ -93,10 +96,8 @@ def pack_size(runs: list[Run], device: torch.device) -> int:
     if len(runs) < 2 or parallel.world() > 1 or runs[0].cfg.grad_checkpointing:
         return 1
     asked = runs[0].cfg.pack
-    if asked not in ("auto", "all"):
-        return max(1, int(asked))
-    if asked == "all":
-        return len(runs)
+    if asked != "auto":
+        return len(runs) if asked == "all" else int(asked)
     if device.type == "cpu":
         return 1  # measured: stacking saves launches, of which a CPU has none
     cfg = runs[0].cfg
@@ -115,7 +116,9 @@ def attempt(runs: list[Run], device: torch.device) -> dict[Path, float | Excepti
     except Exception as error:
         full, said = out_of_memory(error), str(error).partition("\n")[0]
         if len(runs) == 1 or not (full or isinstance(error, Unstackable)):
-            return {one.folder: one.fail(with_advice(error)) for one in runs}
+            failures = {one.folder: one.fail(with_advice(error)) for one in runs}
+            parallel.leave()  # the other processes must not wait for this one
+            return failures
         half = len(runs) // 2 if full else 1
         print(f"a pack of {len(runs)} does not work ({said}): going on with {half} at a time")
     else:
@@ -168,7 +171,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
         pack.share(device)
     if cfg.compile:
         failure = pack.compile(cfg.compile, next(batches.epoch())[0], autocast)
-        if failure:
+        if failure and parallel.first():
             print(f"compile={cfg.compile} does not work here ({failure}): going on without it")
     history = fit(pack, batches, (judged, scoring) if peeks else None, runs, autocast, mix)
 

@@ -63,11 +63,14 @@ class Run:
             "traceback": "".join(traceback.format_exception(error)),
             "config": self.config,
         }
+        path = self.folder / "failure.json"
+        # which of several processes failed is known to that one; the others only miss it
+        missed = parallel.world() > 1 and "closed by peer" in reason["reason"]
         try:
-            if parallel.first():
-                records.write(self.folder / "failure.json", reason)
+            if not (missed and path.exists()):
+                records.write(path, reason)
         except OSError as other:
-            print(f"and {self.folder / 'failure.json'} could not be written: {other}")
+            print(f"and {path} could not be written: {other}")
         return error
 
     def finish(self, outcome: dict | Exception) -> float | Exception:

@@ -201,6 +201,8 @@ def test_the_pieces_of_a_batch_weigh_as_much_as_it_does(monkeypatch, count, part
         ("optim.restart_epochs=0", "optim.restart_epochs=0 should be"),
         ("optim.no_decay=bias", "optim.no_decay=bias is none of one_dim, names, none"),
         ("optim.optimizer=adam", "optim.optimizer=adam is neither adamw nor sgd"),
+        ("pack=some", "pack=some is neither auto, nor all, nor a number from 1"),
+        ("pack=0", "pack=0 is neither"),
         ("precision=half", "precision=half is none of bf16, fp16, fp32"),
         ("device=cuda:7", r"device=cuda:7 is not here .*; there is cpu, or auto"),
         ("device=gpu", r"device=gpu is not here .*; there is cpu, or auto"),
