@@ -257,11 +257,11 @@ def ablation(
         if over in (None, key):
             panels.setdefault((title, key), []).extend(lines)
     if not panels:
+        of = f" {over}" if over else ""
         there = f"; what varies is: {', '.join(sorted(varied))}" if varied else ""
         raise ValueError(
-            f"No hyper-parameter {over or ''} of a method varies among these runs while the others "
-            f"stay{there}. A sweep varies one with variants, e.g. 'sweep.variants="
-            "{method.rank:[1,2,4,8]}'."
+            f"No hyper-parameter{of} of a method varies here while the others stay{there}. A "
+            "sweep varies one with variants, e.g. 'sweep.variants={method.rank:[1,2,4,8]}'."
         )
     return figures.curves(panels, "top-1 on the test split, percent")
 

@@ -168,14 +168,14 @@ def pareto(panels: Mapping[str, Sequence[Point]], xlabel: str, ylabel: str, note
     for axis, (title, points) in zip(axes, panels.items()):
         axis.set_title(title, linespacing=1.3)
         axis.grid(True)
-        low = min((p.x for p in points if p.x > 0), default=1.0)
+        low, high = min((p.x for p in points if p.x > 0), default=1.0), max(p.x for p in points)
         if any(p.x == 0 for p in points):  # nothing but the head
             axis.set_xscale("symlog", linthresh=low, linscale=0.4)
-            axis.set_xlim(left=-0.15 * low)
-        elif max(p.x for p in points) > 5 * low:
+            axis.set_xlim(-0.15 * low, 2 * max(low, high))
+        elif high > 5 * low:
             axis.set_xscale("log")
         if axis.get_xscale() != "linear":
-            _few_ticks(axis, low, max(p.x for p in points))
+            _few_ticks(axis, low, max(low, high))
         seen |= {p.kind for p in points}
         for kind, (marker, colour, _) in KINDS.items():
             of = _of(kind, points)

@@ -97,6 +97,7 @@ def _seed_label(row: tuple, grid: Grid, several_backbones: bool) -> str:
 
 
 def _panel(axis: Axes, column: Sequence[Cell | None]) -> None:
+    axis.spines["left"].set_visible(False)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axis.set_axisbelow(True)
@@ -109,7 +110,7 @@ def _panel(axis: Axes, column: Sequence[Cell | None]) -> None:
         if len(cell.top1) > 1:
             seeds = list(cell.top1.values())
             axis.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=3.5, alpha=0.5, mew=0)
-        axis.plot(cell.mean, y, "o", color=colour, markersize=7, mew=0)
+        axis.plot(cell.mean, y, "o", color=colour, markersize=7, mew=0, clip_on=False)
         axis.text(1.04, y, text_of(cell.mean, cell.std, 1), transform=beside, va="center")
     values = [top1 for cell in column if cell is not None for top1 in cell.top1.values()]
     # At least five points wide, so that noise does not look like a result.
