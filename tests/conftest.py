@@ -35,6 +35,16 @@ def applies(backbone: str, method: str) -> bool:
     return True
 
 
+def home(method: str) -> str:
+    """The tiny backbone on which a method is tried once: the ViT, or the first it applies to."""
+    return next(name for name in ["tiny_vit", *TINY] if applies(name, method))
+
+
+def shallow(backbone: str) -> dict[str, int]:
+    """Overrides that make a tiny backbone faster, where it has a depth to choose."""
+    return {"backbone.model.depth": 2} if backbone == "tiny_vit" else {}
+
+
 def tiny(backbone: str, method: str = "linear", **overrides) -> nn.Module:
     """A seeded tiny model. Random initialisation hides adapted layers (zero heads, last batch norms
     at 0, layer scales at 1e-6): everything would pass with dead tuners. Those paths are opened

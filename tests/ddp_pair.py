@@ -1,8 +1,9 @@
 """One of two processes of `test_contract_full.test_ddp`: `python tests/ddp_pair.py RANK FOLDER`.
 
-Both loop over all methods on a ViT of two blocks. Each computes the gradients of a batch alone,
-then those of its half of the batch under DistributedDataParallel, twice: a parameter that DDP waits
-for in vain raises at the second step. Prints one line per method that differs.
+Both loop over all methods, on a ViT of two blocks where they apply to one. Each computes the
+gradients of a batch alone, then those of its half of the batch under DistributedDataParallel,
+twice: a parameter that DDP waits for in vain raises at the second step. Prints one line per method
+that differs.
 """
 
 import sys
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import CLASSES, applies, jitter, tiny
+from conftest import CLASSES, home, jitter, shallow, tiny
 
 import peft
 from peft.config import catalogue
@@ -34,9 +35,10 @@ def main(rank: int, folder: str) -> None:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.arange(4) % CLASSES
     mine = slice(2 * rank, 2 * rank + 2)
-    methods = [method for method in catalogue("method") if applies("tiny_vit", method)]
+    methods = catalogue("method")
     for method in methods:
-        model = jitter(tiny("tiny_vit", method, **{"backbone.model.depth": 2})).double().eval()
+        on = home(method)
+        model = jitter(tiny(on, method, **shallow(on))).double().eval()
         alone = gradients(model, images, labels)
         try:
             pair = DistributedDataParallel(model)

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import CLASSES, TINY, applies, jitter, node, tiny
+from conftest import CLASSES, TINY, applies, home, jitter, node, shallow, tiny
 
 import peft
 from peft.backbone import Still
@@ -180,9 +180,9 @@ def test_what_does_not_apply_says_why(backbone, method):
         peft.create(backbone, method, num_classes=CLASSES)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if applies("tiny_vit", m)])
+@pytest.mark.parametrize("method", METHODS)
 def test_compiles_without_a_graph_break(method, images):
     torch._dynamo.reset()
-    model = jitter(tiny("tiny_vit", method, **{"backbone.model.depth": 2})).eval()
+    model = jitter(tiny(home(method), method, **shallow(home(method)))).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), model(images), atol=1e-4, rtol=1e-4)

@@ -457,6 +457,20 @@ def test_conv_adapter(host):
     )
 
 
+def test_conv_adapter_counts():
+    """A bottleneck of ResNet-50 has one host; its norms train. Per host, w = c_in / 8:
+    9 c_in + w + w c_out + 2 c_out."""
+    with torch.device("meta"):
+        model = peft.create("resnet50_in1k", "conv_adapter", num_classes=3)
+    hosts = sorted(path for path in peft.tuners(model))
+    assert len(hosts) == 16 and all(path.endswith(".conv2") for path in hosts)
+    widths = [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3
+    expected = sum(9 * c + c // 8 + c // 8 * c + 2 * c for c in widths)
+    norms = sum(p.numel() for n, p in model.named_parameters() if ".bn" in n or n[:3] == "bn1")
+    norms += sum(p.numel() for n, p in model.named_parameters() if "downsample.1" in n)
+    assert norms == 53_120 and peft.count(model)["tuned"] == expected + norms
+
+
 def test_conv_adapter_by_hand():
     # One pixel 2, host weight 1: 2. Branch: centre tap 3, bias -1: 5, ReLU 5, pointwise 2 and bias
     # 1: 11, times e = 4: 44
