@@ -25,6 +25,7 @@ import peft
 from peft import config as configuration
 from peft import derive
 from peft import record as records
+from peft.labels import match_labels, votes
 from peft.watch import per_class, write_confusion
 
 
@@ -55,6 +56,9 @@ def autocast_of(precision: str, device: torch.device) -> torch.autocast:
 def model_of(cfg: DictConfig, device: torch.device) -> nn.Module:
     """The model of a configuration, initialised on the CPU by `seed`, so that every device starts
     from the same numbers."""
+    rows = label_rows(cfg, device)
+    if rows:
+        cfg = changed(cfg, {"backbone.head.keep": rows})
     torch.manual_seed(cfg.seed)
     model = configuration.build(
         cfg.backbone,
@@ -66,6 +70,42 @@ def model_of(cfg: DictConfig, device: torch.device) -> nn.Module:
         drop_path=cfg.optim.drop_path,
     )
     return model.to(device)
+
+
+def label_rows(cfg: DictConfig, device: torch.device) -> list[int] | None:
+    """The rows of the checkpoint's own head that `backbone.head.keep=auto` stands for: the labels
+    for which the network takes the training images, one a class. None where nothing asks for it.
+
+    In fp32 on every device, and once a process.
+    """
+    head = cfg.backbone.get("head")
+    if not head or head.keep != "auto":
+        return None
+    split = (cfg.protocol.tune if cfg.phase == "grid" else cfg.protocol.final).train_on
+    parts = ("backbone", "dataset", "preset", "image_size", "weights", "data_root")
+    told = [str(cfg[part]) for part in parts] + [split]
+    told += [] if cfg.backbone.get("pretrained", True) else [str(cfg.seed)]
+    if (key := tuple(told)) not in _rows:
+        loader = loader_of(cfg, split, device, train=False)
+        whole = {
+            "backbone.head.keep": list(range(head.classes)),
+            "dataset.num_classes": head.classes,
+            "method": {"name": "linear", "placements": [], "trainable": ["head"]},
+        }
+        net = model_of(changed(cfg, whole), device)
+        _rows[key] = match_labels(votes(net, loader.epoch(), cfg.dataset.num_classes))
+    return _rows[key]
+
+
+_rows: dict[tuple, list[int]] = {}
+
+
+def changed(cfg: DictConfig, values: Mapping) -> DictConfig:
+    """A copy with other values."""
+    other = cfg.copy()
+    for path, value in values.items():
+        OmegaConf.update(other, path, value, merge=False, force_add=True)
+    return other
 
 
 def loader_of(cfg: DictConfig, split: str, device: torch.device, train: bool) -> data.Loader:
@@ -139,6 +179,9 @@ def restore(run: str | Path, machine: Mapping) -> tuple[dict, DictConfig]:
             "backbone": {**configuration.plain(here.backbone), **saved["backbone"]},
         }
     )
+    head = cfg.backbone.get("head")
+    if head and head.keep == "auto":  # what it stood for is known: no training image is needed
+        head.keep = record["provenance"]["head_rows"]
     if saved.get("weights") and not machine.get("weights"):
         raise ValueError(
             f"this run started from a weights file ({saved['weights']}); give it again with "

@@ -26,7 +26,7 @@ import data
 import peft
 from data.features import cached_features
 from data.mixing import Mix, mixing
-from eval import autocast_of, device_of, evaluate, loader_of, model_of
+from eval import autocast_of, device_of, evaluate, label_rows, loader_of, model_of
 from peft import config as configuration
 from peft import parallel
 from peft import record as records
@@ -209,6 +209,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
                 provenance={
                     "weights": weights_name(cfg),
                     "weights_sha256": weights_sha256,
+                    **({"head_rows": rows} if (rows := label_rows(cfg, device)) else {}),
                     "data_sha256": {
                         split.manifest.split: split.manifest.digest for split in (loader, scored)
                     },

@@ -7,11 +7,10 @@ else here reads that one mapping.
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -84,11 +83,13 @@ def build_backbone(
         raise ValueError(f"drop_path={drop_path}: this backbone has no residual branches to drop")
     rows = head["keep"] if head and head.get("keep") is not None else None
     if rows is not None and not (
-        len(rows) == len(set(rows)) == num_classes and set(rows) <= set(range(head["classes"]))
+        isinstance(rows, Sequence)
+        and len(rows) == len(set(rows)) == num_classes
+        and set(rows) <= set(range(head["classes"]))
     ):
         raise ValueError(
-            f"head.keep must name {num_classes} different rows of 0..{head['classes'] - 1}, "
-            f"one a class, not {len(rows)}: {rows}"
+            f"head.keep={rows} must name {num_classes} different rows of 0..{head['classes'] - 1}, "
+            "one a class; python train.py also takes auto and finds them by labels.match_labels"
         )
 
     # Always told: the factories' own drop path is 0.1 for Swin and 0.5 for torchvision's ConvNeXt.
@@ -121,43 +122,6 @@ def build_backbone(
             depth = next(i for i, block in enumerate(blocks) if path.startswith(block + "."))
             drop.p = layer_dropout * depth / max(1, len(blocks) - 1)
     return net
-
-
-def votes(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Tensor:
-    """How many images (B, 3, H, W) of each class a network takes for each label of its own head.
-
-    Returns (num_classes, labels), for `match_labels`.
-    """
-    net.eval()
-    table = None
-    with torch.inference_mode():
-        for images, classes in batches:
-            logits = net(images)
-            table = logits.new_zeros(num_classes, logits.shape[1]) if table is None else table
-            table.index_put_((classes, logits.argmax(1)), logits.new_ones(()), accumulate=True)
-    return table
-
-
-def match_labels(votes: Tensor) -> list[int]:
-    """The label that stands for each class, from votes (classes, labels).
-
-    SuperLoRA's automatic label matching (supplement, A.3.1): each class takes its most voted label.
-    Where several want the same one, the class that leads most over its second choice gets it, and
-    the others move on to their next free label. Equal leads go to the earlier class, equal votes to
-    the earlier label. Raises ValueError when there are more classes than labels.
-    """
-    classes, labels = votes.shape
-    if classes > labels:
-        raise ValueError(f"{classes} classes cannot be matched to {labels} labels one to one")
-    free, matched = votes.double().cpu(), {}
-    while len(matched) < classes:
-        ranked, order = free.sort(dim=1, descending=True, stable=True)
-        lead = ranked[:, 0] - ranked[:, min(1, labels - 1)].clamp(min=0)
-        for c in sorted(set(range(classes)) - matched.keys(), key=lambda c: (-lead[c].item(), c)):
-            if order[c, 0].item() not in matched.values():
-                matched[c] = order[c, 0].item()
-        free[:, list(matched.values())] = -1.0
-    return [matched[c] for c in range(classes)]
 
 
 def resolve(model: nn.Module, sites: Sequence[str], layers: Layers = None) -> dict[str, nn.Module]:

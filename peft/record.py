@@ -157,7 +157,7 @@ def _digest(path: Path, mtime_ns: int) -> str:
 def hyperparameters(method: Mapping) -> dict:
     """The values a method's yaml sets at its top level. Mappings there are parts that placements
     refer to, and some keys only describe."""
-    describing = {"name", "paper", "formula", "excludes", "no_gradient", "no_merge", "trainable"}
+    describing = {"name", "paper", "formula", "excludes", "no_gradient", "no_merge"}
 
     def simple(value: object) -> bool:
         parts = value if isinstance(value, list) else [value]
