@@ -144,7 +144,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     loader = loader_of(cfg, splits.train_on, device, train=True)
     scored = loader_of(cfg, splits.score_on, device, train=False)
     model = model_of(cfg, device)
-    weights_sha256, counts = peft.core.digest(model), peft.count(model)
+    weights_sha256, counts = peft.state.digest(model), peft.count(model)
     peeks = cfg.phase == "final" and cfg.protocol.selection == "best_on_test"
     kinds = {}
     for one in runs:

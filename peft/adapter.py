@@ -26,7 +26,8 @@ from timm.layers import DropPath, create_act_layer
 from torch import Tensor, nn
 
 from peft.backbone import attend, check_opens, feed
-from peft.core import Tuner, width
+from peft.core import Tuner
+from peft.layers import width
 
 
 class Bottleneck(nn.Module):

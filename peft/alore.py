@@ -23,7 +23,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peft.core import Tuner, WeightTuner, channel_dim
+from peft.core import Tuner, WeightTuner
+from peft.layers import channel_dim
 
 
 class ALoRE(WeightTuner):
@@ -65,6 +66,8 @@ class ALoRE(WeightTuner):
             "orthogonal": nn.init.orthogonal_,
             "normal": lambda s: nn.init.normal_(s, 0, 0.01),
         }
+        if experts < 1:
+            raise ValueError(f"{experts=} must be at least 1")
         if scale_init not in draw:
             raise ValueError(f"scale_init={scale_init!r}: there is {', '.join(draw)}")
         scale = nn.Parameter(torch.empty(experts, experts, experts))

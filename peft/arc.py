@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from peft.backbone import attend, check_opens, feed
-from peft.core import Tuner, WeightTuner, add, innermost, width
+from peft.core import Tuner, WeightTuner
+from peft.layers import add, innermost, width
 
 Shared = dict[int, nn.Parameter]
 

@@ -20,26 +20,6 @@ from peft.weights import load_weights
 Layers = int | Sequence[int] | None
 
 
-class Still(nn.Module):
-    """A frozen batch norm that stays in eval mode: frozen is not still, its statistics would follow
-    the new data in `train()`."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base.eval()
-
-    def train(self, mode: bool = True) -> "Still":
-        super().train(mode)
-        self.base.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x)
-
-    def merge(self) -> nn.Module:
-        return self.base
-
-
 def build_backbone(
     model: Callable[..., nn.Module],
     sites: Mapping[str, str],
@@ -132,6 +112,8 @@ def resolve(model: nn.Module, sites: Sequence[str], layers: Layers = None) -> di
     that matches nothing, naming the closest.
     """
     known: dict[str, str] = model.sites
+    if not sites:
+        raise ValueError(f"sites=[] names no site; there is: {', '.join(sorted(known))}")
     modules = {
         path: m for path, m in model.named_modules() if path and not isinstance(m, nn.Identity)
     }

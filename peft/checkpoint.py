@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft.core import adapter_state, load_adapter_state
 from peft.pack import Pack
 from peft.parallel import first
 from peft.record import write
+from peft.state import adapter_state, load_adapter_state
 
 
 @dataclass

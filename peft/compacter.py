@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from peft.core import Tuner, width
+from peft.core import Tuner
+from peft.layers import width
 
 
 class PHM(nn.Module):

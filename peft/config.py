@@ -170,9 +170,14 @@ def check_applies(method: DictConfig, family: str) -> list | ListConfig:
 
 def placements_of(method: DictConfig, family: str) -> list:
     """The placements of a method on a family of backbones, instantiated, without those whose `when`
-    is false. Raises ValueError where the method does not apply."""
+    is false. Raises ValueError where the method does not apply, or nothing of it is left."""
     placements = instantiate(check_applies(method, family), _convert_="all")
-    return [placement for placement in placements if placement.pop("when", True)]
+    kept = [placement for placement in placements if placement.pop("when", True)]
+    if placements and not kept:
+        raise ValueError(
+            f"every placement of method {method.name} is switched off: that is method=linear"
+        )
+    return kept
 
 
 def build(

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core import Tuner, innermost
+from peft.core import Tuner
+from peft.layers import innermost
 
 
 class ConvAdapter(Tuner):

@@ -21,7 +21,8 @@ from timm.layers import quick_gelu
 from torch import Tensor, nn
 
 from peft.backbone import attend, check_opens, feed
-from peft.core import Tuner, width
+from peft.core import Tuner
+from peft.layers import width
 
 
 class Bypass(nn.Module):

@@ -38,6 +38,10 @@ class Groups(nn.Module):
         **form,
     ):
         super().__init__()
+        if not 0 < ratio <= 1:
+            raise ValueError(f"{ratio=} must lie above 0 and not above 1: rho of a group's numbers")
+        if order < 2 and form.get("form") != "dense":
+            raise ValueError(f"{order=} must be at least 2, a matrix; form=dense is of order 1")
         self.parts, self.of, self.alpha = tuple(parts), of, alpha
         self.reshape, self.ratio = reshape, ratio
         shapes = []

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core import WeightTuner, innermost
+from peft.core import WeightTuner
+from peft.layers import innermost
 
 
 def split(number: int, factor: int) -> tuple[int, int]:

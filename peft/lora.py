@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core import WeightTuner, innermost
+from peft.core import WeightTuner
+from peft.layers import innermost
 
 
 class LoRA(WeightTuner):

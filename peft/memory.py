@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from peft.core import adapter_state
 from peft.pack import Pack
+from peft.state import adapter_state
 
 
 def fastest_pack(model: nn.Module, image: torch.Size, autocast: torch.autocast, most: int) -> int:

@@ -10,7 +10,8 @@ adapter. Published counts on Swin-B (4.04 M at k = 4) are reached neither with n
 
 from torch import Tensor, nn
 
-from peft.core import Tuner, innermost
+from peft.core import Tuner
+from peft.layers import innermost
 
 
 class MLPHead(Tuner):

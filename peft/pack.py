@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
-from peft.core import adapter_state, load_adapter_state, penalty, tuners
+from peft.core import penalty, tuners
 from peft.record import MACHINE
+from peft.state import adapter_state, load_adapter_state
 
 Nested = Sequence[Sequence[Sequence[Tensor]]]  # by member, parameter group, leaf
 

@@ -22,7 +22,8 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from peft.backbone import feed
-from peft.core import Tuner, width
+from peft.core import Tuner
+from peft.layers import width
 
 
 class Prompts(Tuner):

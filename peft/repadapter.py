@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core import Tuner, WeightTuner, add, innermost
+from peft.core import Tuner, WeightTuner
+from peft.layers import add, innermost
 
 
 def check(channels: int, hidden: int, groups: int) -> None:

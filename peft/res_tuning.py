@@ -13,7 +13,8 @@ not stated anywhere.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core import Tuner, width
+from peft.core import Tuner
+from peft.layers import width
 
 
 class ResAdapter(Tuner):

@@ -26,7 +26,8 @@ start would erase the pre-trained weights.
 import torch
 from torch import Tensor, nn
 
-from peft.core import WeightTuner, add
+from peft.core import WeightTuner
+from peft.layers import add
 
 
 class RLRR(WeightTuner):

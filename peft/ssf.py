@@ -12,11 +12,13 @@ identity at the start, not equal to it.
 import torch
 from torch import Tensor, nn
 
-from peft.core import WeightTuner, add, channel_dim, run
+from peft.core import WeightTuner
+from peft.layers import add, channel_dim, run
 
 
 class SSF(WeightTuner):
     exact_at_init = False
+    takes_norms = True
 
     def __init__(self, base: nn.Module, std: float = 0.02):
         super().__init__(base)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core import Tuner, add, with_weights
+from peft.core import Tuner
+from peft.layers import add, with_weights
 
 
 class Stacked(Tuner):

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peft.core import Tuner, WeightTuner, with_weights
+from peft.core import Tuner, WeightTuner
 from peft.groups import Groups
 from peft.hadamard import Projection
+from peft.layers import with_weights
 
 
 class SuperLoRA(WeightTuner):

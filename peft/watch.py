@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft.core import count, own_parameters, tuners
+from peft.core import own_parameters, tuners
 from peft.record import write
+from peft.state import count
 
 
 class Progress:

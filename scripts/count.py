@@ -30,7 +30,7 @@ from tabulate import tabulate
 import peft
 from peft.backbone import head_path
 from peft.config import build, catalogue, compose, plain
-from peft.core import innermost
+from peft.layers import innermost
 
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 MEAN_CLASSES = {

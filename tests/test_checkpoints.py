@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peft
-from peft.core import digest
+from peft.state import digest
 
 HEAD = ("head.", "fc.", "classifier.6.")
 

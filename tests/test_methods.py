@@ -11,9 +11,9 @@ import torch
 from conftest import CLASSES, TINY, applies, home, jitter, node, shallow, tiny
 
 import peft
-from peft.backbone import Still
 from peft.config import catalogue, plain
 from peft.core import Tuner, WeightTuner
+from peft.layers import Still
 
 METHODS = catalogue("method")
 CELLS = [(backbone, method) for backbone in TINY for method in METHODS if applies(backbone, method)]
@@ -178,6 +178,53 @@ def test_autocast_is_close(backbone, method, images):
 def test_what_does_not_apply_says_why(backbone, method):
     with pytest.raises(ValueError, match=f"{method} does not apply to .* backbones: .{{10,}}"):
         peft.create(backbone, method, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("lora", {"rank": 65}, r"LoRA at blocks.0.attn.qkv: rank=65 must lie in 1..64, .* 64 x 64"),
+        ("lora_all", {"sites": ["norm"]}, r"norm1: a LayerNorm has no matrix or kernel to adapt"),
+        ("lora_all", {"sites": ["conv9"]}, r"no site 'conv9'; did you mean conv\?"),
+        ("lora_all", {"sites": []}, r"sites=\[\] names no site; there is: attn, block"),
+        ("lora", {"of": 5}, r"no key 'of'"),
+        ("rlrr", {"rank": 65}, r"RLRR at blocks.0.attn.proj: rank=65 must be 1 to 64"),
+        ("rlrr", {"sides": "up"}, r"sides='up': there is both, left, right"),
+        ("rlrr", {"sides": "left", "rank": 2}, r"rescales W at rank 1"),
+        ("rlrr", {"residual": False, "times_weight": False}, r"nothing is left of W"),
+        ("rlrr", {"init": "ones"}, r"init='ones': there is rlrr, normal, uniform, constant, zero"),
+        ("rlrr", {"layers": 7}, r"layers=7 does not fit 6 blocks"),
+        ("rlrr", {"mha": False, "ffn": False, "norm": False}, r"every placement of method rlrr is"),
+        ("alore", {"experts": 5}, r"experts=5 do not divide the width 64"),
+        ("alore", {"experts": 0}, r"experts=0 must be at least 1"),
+        ("alore", {"rank": 17}, r"rank=17 must be 1 to 16: width 64 over 4 experts"),
+        ("lava", {"ortho": "x"}, r"ortho='x' names no factor of a Linear: u, v or both"),
+        ("superlora", {"groups": 10**9}, r"groups=1000000000 leaves a group .* of 49152 numbers"),
+        ("superlora", {"rank": 223}, r"rank=223 must be 1 to 222"),
+        ("superlora", {"order": 1}, r"order=1 must be at least 2"),
+        ("superlora_projected", {"ratio": 0.0}, r"ratio=0.0 must lie above 0"),
+        (
+            "adapter",
+            {"hidden": 65},
+            r"Adapter at blocks.0.mlp: hidden=65 must lie between 1 and 64",
+        ),
+        ("repadapter", {"groups": 3}, r"groups=3 must divide hidden=8 and the width 64"),
+        ("compacter", {"n": 5}, r"n=5 divides not both sides of a 64 x 24"),
+        ("partial", {"layers": -9}, r"layers=-9 does not fit 6 blocks"),
+        ("linear", {"trainable": []}, r"nothing would train"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_there_is(method, values, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        peft.create("tiny_vit", method, num_classes=CLASSES, **values)
+
+
+def test_vera_takes_any_rank_and_one_of_many_dimensions_too():
+    """VeRA's projections are noise, not factors that train; CP factors cover small kernels."""
+    with torch.device("meta"):
+        assert peft.count(peft.create("tiny_vit", "vera", rank=500))["tuned"] == 6 * 2 * (500 + 64)
+        cubic = peft.create("tiny_vit", "superlora", order=3, rank=60)  # sides of 37
+    assert peft.count(cubic)["tuned"] == 60 * 3 * 37
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -22,7 +22,7 @@ from peft.compacter import Compacter
 from peft.config import plain
 from peft.conv_adapter import ConvAdapter
 from peft.convpass import Bypass, Convpass
-from peft.core import run
+from peft.layers import run
 from peft.mlp_head import MLPHead
 from peft.prompt import Prompts, SwinPrompts
 from peft.repadapter import RepAdapter, RepAdapter2d

@@ -1,0 +1,97 @@
+"""What a checkpoint holds of a model, how many numbers that is, and from which weights it came."""
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peft.backbone import head_path
+from peft.core import Tuner, own_parameters, tuners
+from peft.layers import Stand
+
+
+def _clean(model: nn.Module, name: str) -> str:
+    """The name of a tensor with the `.base` of tuners dropped: stable however deep tuners are
+    stacked."""
+    kept, module = [], model
+    for part in name.split("."):
+        if not (part == "base" and isinstance(module, Stand)):
+            kept.append(part)
+        module = getattr(module, part)
+    return ".".join(kept)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable tensors and the buffers that training changes, by clean name."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = head_path(model)
+    for path, module in model.named_modules():
+        own = any(p.requires_grad for p in module.parameters(recurse=False))
+        if own or isinstance(module, Tuner) or path == head or path.startswith(head + "."):
+            found |= {
+                f"{path}.{n}": b
+                for n, b in module.named_buffers(recurse=False)
+                if n not in module._non_persistent_buffers_set
+            }
+    return {_clean(model, name): tensor for name, tensor in found.items()}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changed: the trainable tensors, head included, and changed buffers; named by
+    site path and own name."""
+    return {name: tensor.detach() for name, tensor in _trained(model).items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Copies an `adapter_state` into a model with the same method. Raises ValueError that lists
+    every mismatch; then nothing was copied."""
+    own = adapter_state(model)
+    wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in state]
+    wrong += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in own]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the "
+        "model"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the adapter does not fit the model in {len(wrong)} places (another method, "
+            "backbone, number of classes or "
+            "hyper-parameters?):\n  " + "\n  ".join(wrong)
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+    return model
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: `tuned` trainable outside the head, `head` trainable in it, `backbone`
+    the pre-trained ones. A shared tensor counts once."""
+    head = {id(p) for p in model.get_submodule(head_path(model)).parameters()}
+    added = {id(p) for tuner in tuners(model).values() for p in own_parameters(tuner).values()}
+    parameters = list(model.parameters())
+    return {
+        "tuned": sum(p.numel() for p in parameters if p.requires_grad and id(p) not in head),
+        "head": sum(p.numel() for p in parameters if p.requires_grad and id(p) in head),
+        "backbone": sum(p.numel() for p in parameters if id(p) not in head and id(p) not in added),
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """sha256 of the pre-trained tensors, head and tuners left out: names what was loaded, whatever
+    the file format."""
+    added = {id(p) for tuner in tuners(model).values() for p in own_parameters(tuner).values()}
+    head, sha = head_path(model) + ".", hashlib.sha256()
+    tensors = {
+        _clean(model, name): t
+        for name, t in model.state_dict(keep_vars=True).items()
+        if id(t) not in added
+    }
+    for name in sorted(name for name in tensors if not name.startswith(head)):
+        sha.update(name.encode())
+        sha.update(
+            tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        )
+    return sha.hexdigest()
