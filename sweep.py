@@ -7,6 +7,8 @@ and tabulates.
     python sweep.py sweep=mini action=retry|table
     python sweep.py sweep=mini engine=local|address|slurm sampler=grid|optuna
     python sweep.py sweep=mini optim.epochs=1        # what is not the sweep's own goes to every run
+    python sweep.py experiment=rlrr/table2 action=plan          # a published table, row by row
+    python sweep.py experiment=rlrr/table2 rows=[11] datasets=[dtd]             # some of its cells
 
 A cell is a backbone x dataset x method. Every grid point trains on the protocol's tuning split and
 is scored by its last epoch on the validation split; the best one (ties: smaller lr, then smaller
@@ -30,7 +32,8 @@ from tqdm import tqdm
 from peft import config as configuration
 from peft import ledger
 from peft import record as records
-from peft.cells import Cell, Run, cells_of
+from peft.cells import Cell, Derived, Run, cells_of, seconds_left
+from peft.rows import rows_told
 
 ACTIONS = ("plan", "run", "status", "retry", "table")
 PASSED = ("device", "workers", "runs_dir", "data_root", "weights_dir")
@@ -45,7 +48,8 @@ def cells(cfg: DictConfig) -> list[Cell]:
         options = {k: v for k, v in configuration.plain(cfg.sampler).items() if k != "name"}
         make = partial(Sampled, **options)
     machine = [f"{key}={cfg[key]}" for key in PASSED]
-    return cells_of(configuration.plain(cfg.sweep), [*machine, *cfg.overrides], make)
+    chosen = configuration.plain(cfg.rows), configuration.plain(cfg.datasets)
+    return cells_of(configuration.plain(cfg.sweep), [*machine, *cfg.overrides], make, *chosen)
 
 
 class Execution:
@@ -84,6 +88,9 @@ class Execution:
         (self.todo.extendleft if first else self.todo.extend)(todo[::-1] if first else todo)
         if new and not todo:
             self.feed(cell, first)  # all of it was done: what follows from it may be possible
+        for other in self.cells:
+            if isinstance(other, Derived) and other.base is cell:
+                self.feed(other)
 
     def submit(self, engine) -> None:
         """Hands out what fits: runs of one cell, as many at once as can be packed. Of a pack, as
@@ -243,21 +250,6 @@ def state(cells: list[Cell]) -> dict[str, int]:
     return tally
 
 
-def seconds_left(cells: list[Cell]) -> float | None:
-    """Estimated from the records of the same cell, else of the same sweep; None where there is
-    none."""
-    known = {cell: [run.entry["seconds"] for run in cell.wanted() if run.entry] for cell in cells}
-    every = [seconds for own in known.values() for seconds in own]
-    if not every:
-        return None
-    mean = sum(every) / len(every)
-    left = 0.0
-    for cell, own in known.items():
-        settled = sum(run.settled for run in cell.wanted())
-        left += (cell.expected - settled) * (sum(own) / len(own) if own else mean)
-    return left
-
-
 def summary(cells: list[Cell], cfg: DictConfig) -> str:
     tally, left = state(cells), seconds_left(cells)
     diverged = f"{tally['diverged']} diverged, " if tally["diverged"] else ""
@@ -323,12 +315,13 @@ def draw_choices(cells: list[Cell], folder: Path) -> list[Path]:
 def how_chosen(cells: list[Cell], cfg: DictConfig) -> str:
     """A note below the table: how each cell's point was chosen, where that was not by its whole
     grid."""
-    if cfg.sampler.name == "grid" or not cfg.sweep.grid:
+    if cfg.sampler.name == "grid" or not any(cell.grid for cell in cells):
         return ""
-    tried = [sum(run.settled for run in cell.candidates) for cell in cells]
+    searched = [cell for cell in cells if cell.grid]
+    tried = [sum(run.settled for run in cell.candidates) for cell in searched]
     text = f"{min(tried)}" if len(set(tried)) == 1 else f"{min(tried)} to {max(tried)}"
     return (
-        f"\n\nChosen by Optuna ({cfg.sampler.sampler}) among {text} of the {len(cells[0].grid)} "
+        f"\n\nChosen by Optuna ({cfg.sampler.sampler}) among {text} of the {len(searched[0].grid)} "
         "points of each cell's grid, on validation.\n"
     )
 
@@ -339,9 +332,12 @@ def run(cfg: DictConfig) -> None:
     started = time.monotonic()
     index = ledger.Index(cfg.runs_dir)
     found = [cell.look(index) for cell in cells(cfg)]
-    if not cfg.sweep.grid:
+    if not any(cell.grid for cell in found):
         print("no grid: learning rate and weight decay are fixed, nothing is tuned")
     print(summary(found, cfg), flush=True)
+    if cfg.action == "plan":
+        for line in rows_told(configuration.plain(cfg.sweep), found):
+            print(line)
     if cfg.action == "status":
         show(found)
         index.save()

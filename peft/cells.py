@@ -4,6 +4,7 @@ Plain dictionaries. Composing costs a tenth of a second, replacing a value a ten
 a cell is composed once, and its points are made by substitution.
 """
 
+import copy
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from peft import config as configuration
 from peft import ledger
 from peft import record as records
+from peft.rows import Row, recipe, rows_of, task_values, values
 
 KEYS = {
     *("name", "backbone", "dataset", "method", "protocol", "variants", "grid", "seeds"),
-    *("overrides", "per_method"),
+    *("overrides", "per_method", "published", "rows", "recipe"),
 }
 LIGHT = ("optim", "seed", "phase", "selected_from")  # what no interpolation of a run may refer to
 
@@ -81,6 +83,7 @@ class Cell:
         return f"{cfg.method.name} on {cfg.dataset.name}, {cfg.backbone.name}{values}"
 
     varied: Mapping = {}
+    row: Row | None = None
 
     def variant(self, point: Mapping) -> Run:
         """The cell's run with some values replaced. Raises ValueError for a key that no run has."""
@@ -90,10 +93,7 @@ class Cell:
         if name not in self.resolved:
             cfg = self.cfg
             if heavy:
-                cfg = OmegaConf.create(OmegaConf.to_container(cfg))
-                for path, value in heavy.items():
-                    _known(OmegaConf.select(cfg, path, default=KeyError) is not KeyError, path)
-                    OmegaConf.update(cfg, path, value, merge=False)
+                cfg = varied_by(cfg, heavy)
             plain = configuration.plain(cfg)
             self.resolved[name] = plain, records.portable(plain)
         plain, portable = self.resolved[name]
@@ -155,6 +155,33 @@ class Cell:
         return len(self.grid) + len(self.seeds)
 
 
+class Derived(Cell):
+    """A row that is evaluated and not trained: the final runs of another cell, with a change."""
+
+    def __init__(self, base: Cell, change: Mapping) -> None:
+        self.cfg, self.seeds, self.base, self.change = base.cfg, base.seeds, base, dict(change)
+        self.grid: list[Run] = []
+        self.made: dict[str, Run] = {}
+
+    @property
+    def name(self) -> str:
+        return self.base.name + "".join(f", {k}={v}" for k, v in self.change.items())
+
+    def look(self, index: ledger.Index) -> "Derived":
+        self.base.look(index)
+        return super().look(index)
+
+    def finals(self) -> list[Run]:
+        """What can be evaluated: of the final runs that are done."""
+        for run in self.base.finals():
+            if run.entry and run.key not in self.made:
+                of = {"of": [run.key], "phase": run.config["phase"]}
+                news = {"phase": "derived", "derived": {**self.change, **of}}
+                source = {"run": str(run.folder.absolute())}
+                self.made[run.key] = Run(run.config | news | source, run.portable | news, run.point)
+        return list(self.made.values())
+
+
 def substituted(config: dict, values: Mapping) -> dict:
     """A copy with the values at dotted paths replaced; what is not on a path is shared."""
     copy = dict(config)
@@ -194,55 +221,158 @@ def check(sweep: Mapping) -> None:
             f"sweep {sweep.get('name')} has the unknown key "
             f"{', '.join(sorted(set(sweep) - KEYS))}; there is: {', '.join(sorted(KEYS))}"
         )
-    axes = {"backbone": sweep["backbone"], "dataset": sweep["dataset"], "method": sweep["method"]}
+    axes = {"dataset": sweep["dataset"]}
+    if not sweep.get("rows"):
+        axes |= {"backbone": sweep["backbone"], "method": sweep["method"]}
     for part in ("grid", "variants"):
         if isinstance(sweep.get(part), Mapping):
             axes |= sweep[part]
-    for key, values in axes.items():
-        if not values:
+    for key, axis in axes.items():
+        if not axis:
             raise ValueError(f"sweep {sweep['name']} has nothing to run: {key} is empty")
-        if not isinstance(values, list):
-            raise ValueError(f"sweep {sweep['name']}: {key} is {values!r} and should be a list")
+        if not isinstance(axis, list):
+            raise ValueError(f"sweep {sweep['name']}: {key} is {axis!r} and should be a list")
+
+
+def over_datasets(names: list[str], datasets: list[str], given: list[str]) -> Iterator[DictConfig]:
+    """The configuration of a backbone and a method on each dataset."""
+    first = None
+    own = values([text for text in given if text.startswith("dataset.")])
+    other = any("dataset" in text and not text.startswith("dataset.") for text in given)
+    for dataset in datasets:
+        path = configuration.CONFIGS / "dataset" / f"{dataset}.yaml"
+        node = OmegaConf.load(path) if first is not None and path.is_file() else None
+        # A dataset's yaml that stands alone is the only thing in which the cells of a row differ:
+        # it need not be composed again.
+        if node is None or "defaults" in node or other:
+            cfg = configuration.compose("train", [*names, f"dataset={dataset}", *given])
+            configuration.check_applies(cfg.method, cfg.backbone.family)
+            first = first or cfg
+        else:
+            cfg = copy.deepcopy(first)
+            cfg.dataset = node
+            cfg = varied_by(cfg, own)
+        yield cfg
 
 
 def bases(sweep: Mapping, overrides: list[str]) -> Iterator[DictConfig]:
     """The configuration of every backbone x dataset x method."""
     for backbone, method in itertools.product(sweep["backbone"], sweep["method"]):
         special = (sweep.get("per_method") or {}).get(method, [])
+        names = [f"backbone={backbone}", f"method={method}", f"protocol={sweep['protocol']}"]
         given = [*(sweep["overrides"] or []), *special, *overrides]
-        first = None
-        for dataset in sweep["dataset"]:
-            path = configuration.CONFIGS / "dataset" / f"{dataset}.yaml"
-            node = OmegaConf.load(path) if first is not None and path.is_file() else None
-            # A dataset's yaml that stands alone is the only thing in which the cells of a row
-            # differ: it need not be composed again.
-            if node is None or "defaults" in node or any("dataset" in text for text in given):
-                names = [f"backbone={backbone}", f"dataset={dataset}", f"method={method}"]
-                cfg = configuration.compose(
-                    "train", [*names, f"protocol={sweep['protocol']}", *given]
-                )
-                configuration.check_applies(cfg.method, cfg.backbone.family)
-                first = first or cfg
-            else:
-                cfg = OmegaConf.create(OmegaConf.to_container(first))
-                cfg.dataset = node
-            yield cfg
+        yield from over_datasets(names, sweep["dataset"], given)
 
 
-def cells_of(sweep: Mapping, overrides: list[str], make=Cell) -> list[Cell]:
-    """Every cell of a sweep, checked before anything runs. Raises ValueError for an unknown key, an
-    empty axis, or a method that does not apply to a backbone."""
+def varied_by(cfg: DictConfig, changes: Mapping) -> DictConfig:
+    """A copy with some values replaced. Raises ValueError for a key that no run has."""
+    if not changes:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    for path, value in changes.items():
+        _known(OmegaConf.select(cfg, path, default=KeyError) is not KeyError, path)
+        OmegaConf.update(cfg, path, value, merge=False)
+    return cfg
+
+
+def cells_of(
+    sweep: Mapping,
+    overrides: list[str],
+    make=Cell,
+    rows: list[int] | None = None,
+    datasets: list[str] | None = None,
+) -> list[Cell]:
+    """Every cell of a sweep, checked before anything runs: of a table only some `rows`, by number,
+    and `datasets`, by the names of their tasks. Raises ValueError for an unknown key, an empty
+    axis, a row or task that is not there, or a method that does not apply to a backbone."""
     check(sweep)
+    if datasets:
+        known = {name.rpartition("/")[2]: name for name in sweep["dataset"]}
+        if absent := [name for name in datasets if name.rpartition("/")[2] not in known]:
+            near = configuration.near(absent[0], list(known))
+            raise ValueError(f"sweep {sweep['name']} has no dataset {absent[0]!r}; {near}")
+        sweep = {**sweep, "dataset": [known[name.rpartition("/")[2]] for name in datasets]}
+    if sweep.get("rows"):
+        return list(cells_of_rows(sweep, overrides, make, rows))
+    if rows:
+        raise ValueError(f"rows={rows} asks for rows of a table, and {sweep['name']} is none")
     points = product(sweep["grid"]) if sweep["grid"] else []
     cells = []
     for base, varied in itertools.product(bases(sweep, overrides), product(sweep.get("variants"))):
-        cfg = base
-        if varied:
-            cfg = OmegaConf.create(OmegaConf.to_container(base))
-            for path, value in varied.items():
-                _known(OmegaConf.select(cfg, path, default=KeyError) is not KeyError, path)
-                OmegaConf.update(cfg, path, value, merge=False)
-        cell = make(cfg, points, sweep["seeds"])
+        cell = make(varied_by(base, varied), points, sweep["seeds"])
         cell.varied = varied
         cells.append(cell)
     return cells
+
+
+def cells_of_rows(
+    sweep: Mapping,
+    overrides: list[str],
+    make=Cell,
+    chosen: list[int] | None = None,
+    trained: dict[tuple, Cell] | None = None,
+) -> Iterator[Cell]:
+    """The cells of a published table, row by row; absent rows have none. What comes later wins:
+    the recipe, its values of a task, the row, the sweep, the command line. A sweep's own grid or
+    seeds replace those of the recipes."""
+    rows = rows_of(sweep)
+    if bad := set(chosen or []) - {row.number for row in rows}:
+        listed = "; ".join(f"{row.number} {row.label}" for row in rows)
+        raise ValueError(f"{sweep['name']} has no row {min(bad)}; there is: {listed}")
+    trained = {} if trained is None else trained  # what others derive from, by row and task
+    for row in sorted(rows, key=lambda row: bool(row.derive)):
+        if row.absent or (chosen and row.number not in chosen):
+            continue
+        if row.derive:
+            yield from derived_cells(sweep, overrides, make, row, rows, trained)
+            continue
+        said = recipe(row.recipe)
+        late = [*row.overrides, *(sweep["overrides"] or []), *overrides]
+        names = [f"backbone={row.backbone}", f"method={row.method}", f"protocol={said['protocol']}"]
+        grid = said["grid"] if sweep["grid"] is None else sweep["grid"]
+        points, seeds = product(grid) if grid else [], sweep["seeds"] or said["seeds"]
+        fixed = values(late)
+        for base in over_datasets(names, sweep["dataset"], [*said["overrides"], *late]):
+            own = task_values(row, base.dataset.name)
+            base = varied_by(base, {path: v for path, v in own.items() if path not in fixed})
+            for varied in product(row.variants):
+                kind = make if points else Cell  # without a grid there is nothing to sample
+                cell = kind(varied_by(base, varied), points, seeds)
+                cell.varied, cell.row = varied, row
+                trained[row.number, base.dataset.name] = cell
+                yield cell
+
+
+def derived_cells(
+    sweep: Mapping, overrides: list[str], make, row: Row, rows: list[Row], trained: dict
+) -> Iterator[Derived]:
+    """The cells of a row that is derived from the row beside it that has all but `derive`. Raises
+    ValueError where there is none."""
+    same = ("backbone", "method", "recipe", "overrides")
+    fits = (r for r in rows if not r.derive and all(getattr(r, k) == getattr(row, k) for k in same))
+    base = next(fits, None)
+    if base is None:
+        raise ValueError(f"row {row.number} of {sweep['name']} derives from no row beside it")
+    tasks = [name.rpartition("/")[2] for name in sweep["dataset"]]
+    if missing := [task for task in tasks if (base.number, task) not in trained]:
+        names = [name for name in sweep["dataset"] if name.rpartition("/")[2] in missing]
+        list(cells_of_rows({**sweep, "dataset": names}, overrides, make, [base.number], trained))
+    for task in tasks:
+        cell = Derived(trained[base.number, task], row.derive)
+        cell.row = row
+        yield cell
+
+
+def seconds_left(cells: list[Cell]) -> float | None:
+    """Estimated from the records of the same cell, else of the same sweep; None where there is
+    none."""
+    known = {cell: [run.entry["seconds"] for run in cell.wanted() if run.entry] for cell in cells}
+    every = [seconds for own in known.values() for seconds in own]
+    if not every:
+        return None
+    mean = sum(every) / len(every)
+    left = 0.0
+    for cell, own in known.items():
+        settled = sum(run.settled for run in cell.wanted())
+        left += (cell.expected - settled) * (sum(own) / len(own) if own else mean)
+    return left

@@ -98,7 +98,9 @@ def serve(job: dict) -> dict:
                 claims.enter_context(hold(folder, job["silent"], job["heartbeat"]))
             claims.enter_context(logged(folders[0] / "output.log", job["log"]))
             try:
-                if len(configs) == 1:
+                if configs[0].phase == "derived":
+                    derive(configs[0])
+                elif len(configs) == 1:
                     train.run(configs[0])
                 else:
                     ended = [e for e in train.run_pack(configs) if isinstance(e, Exception)]
@@ -116,6 +118,19 @@ def serve(job: dict) -> dict:
     except OSError as error:
         answer |= {"status": "failed", "reason": str(error), "full": error.errno in FULL}
     return answer
+
+
+def derive(config) -> None:
+    """Evaluates what a finished run becomes by a change, as eval.py does."""
+    import eval as evaluation
+    from peft import config as configuration
+
+    cfg = configuration.compose("eval", [])
+    machine = ("device", "workers", "runs_dir", "data_root", "weights_dir", "weights", "run")
+    for key in machine:
+        cfg[key] = config[key]
+    cfg.experts = config.derived.experts
+    evaluation.run(cfg)
 
 
 @contextlib.contextmanager
