@@ -17,8 +17,9 @@ DAMAGED = (
 def unpack(archive: Path, folder: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
     """Unpacks a .zip or .tar(.gz, ...) into `folder`; all of it or nothing, and over nothing.
 
-    Raises ValueError for a damaged archive, a member that points out of the folder or is a link,
-    FileExistsError if something of that name is there, and OSError if the disk cannot hold it.
+    Raises ValueError for a damaged or encrypted archive, or a member that points out of the folder
+    or is a link, FileExistsError if something of that name is there, and OSError if the disk cannot
+    hold it.
     """
     if not archive.exists():
         raise FileNotFoundError(f"{archive} is not there.")
@@ -34,6 +35,10 @@ def unpack(archive: Path, folder: Path, progress: Callable[[Iterable], Iterable]
             entry.rename(folder / entry.name)
     except DAMAGED as error:
         raise ValueError(f"{archive} is damaged ({error}). Download it again.") from error
+    except RuntimeError as error:  # what zipfile says of passwords and of foreign compression
+        raise ValueError(
+            f"{archive} cannot be unpacked here ({error}). Unpack it with another program."
+        ) from error
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
@@ -68,8 +73,8 @@ class _open:
 
 def _check(archive: Path, members: list[tuple], folder: Path) -> None:
     for name, size, _ in members:
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        path = PurePosixPath(name.replace("\\", "/"))  # "./", first in many tar files, has no part
+        if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):
             raise ValueError(f"{archive}: member '{name}' points out of the folder. Do not use it.")
         if size < 0:
             raise ValueError(f"{archive}: member '{name}' is a link or device. Do not use it.")

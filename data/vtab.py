@@ -193,8 +193,9 @@ def find_folder(root: Path, task: str) -> Path:
         expected = places[0] / TASKS[task].folders[0]
         raise FileNotFoundError(
             f"{task}: no folder of the community archive; expected {expected} with train800.txt, "
-            "val200.txt, train800val200.txt, test.txt and images/. Unpack the archive there, or "
-            "choose another source (dataset.source=raw, tfds or store)."
+            "val200.txt, train800val200.txt, test.txt and images/. The archive is linked from the "
+            "repositories of NOAH, RepAdapter and SSF; unpack it there, or choose another source "
+            "(dataset.source=raw, tfds or store)."
         )
     if len({p.resolve() for p in found}) > 1:
         raise ValueError(

@@ -6,7 +6,8 @@
 
 Counts, label ranges and digests are checked by the readers themselves, so what is found here can be
 trained on. Without deep=true a few images of each split are decoded. Exit status 1 if a data set
-that was asked for cannot be used, or if anything that is here is wrong.
+that was asked for cannot be used, or if anything that is here is wrong. data_root=DIR is where data
+lies (default $DATA_ROOT, else ~/.cache/visual-peft-bench/data); data/README.md shows the layouts.
 """
 
 import os
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from data import Images, archives, cifar, fgvc, store, tfds, vtab
 from scripts.fetch_weights import weights_folder
-from scripts.prepare import datasets, options, root_of
+from scripts.prepare import datasets, flag, options, root_of, wants_help
 
 SUITES = ("mini", "vtab", "fgvc", "cifar")
 SOURCES = {
@@ -119,7 +120,8 @@ def report(findings: dict[str, list[Finding]], details: bool) -> list[str]:
         if usable:
             lines.append(f"{name:28} {'found':18} {', '.join(usable)}")
         elif all(f.state == "missing" for f in found):
-            lines.append(f"{name:28} {'missing':18} {found[0].text}")
+            texts = dict.fromkeys(f.text for f in found[:2])  # ready-made, and the makers' own
+            lines.append(f"{name:28} {'missing':18} {' Or: '.join(texts)}")
     return lines
 
 
@@ -135,9 +137,12 @@ def weights() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    if wants_help(arguments):
+        print(__doc__)
+        return 0
     try:
         given = options(arguments, {"dataset", "source", "deep", "data_root"})
-        root, deep = root_of(given), given.get("deep") == "true"
+        root, deep = root_of(given), flag(given, "deep")
         findings = {}
         for name, config in datasets(given.get("dataset"), SUITES).items():
             sources = (given["source"],) if "source" in given else SOURCES[config.suite]

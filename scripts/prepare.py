@@ -7,7 +7,9 @@
     python -m scripts.prepare dataset=vtab/svhn source=raw verify=true   compares with the hashes
     python -m scripts.prepare archive=vtab-1k.zip to=vtab-1k             unpacks below data_root
 
-dataset is a name, a suite, or several with commas. An interrupted export goes on where it stopped.
+dataset is a name, a suite, or several with commas; what is there is exported, the rest is named. An
+interrupted export goes on where it stopped. data_root=DIR is where all data lies (default
+$DATA_ROOT, else ~/.cache/visual-peft-bench/data); data/README.md says what belongs where in it.
 Train on the result with dataset.source=store.
 """
 
@@ -39,6 +41,18 @@ def options(arguments: list[str], known: set[str]) -> dict[str, str]:
             raise ValueError(f"there is no option {argument!r}; {near(key, sorted(known))}")
         found[key] = value
     return found
+
+
+def flag(given: Mapping[str, str], key: str) -> bool:
+    """A true or false option; raises ValueError for anything else."""
+    value = given.get(key, "false").lower()
+    if value not in ("true", "false"):
+        raise ValueError(f"{key} is '{given[key]}'; it is true or false.")
+    return value == "true"
+
+
+def wants_help(arguments: list[str]) -> bool:
+    return any(argument in ("-h", "--help", "help") for argument in arguments)
 
 
 def root_of(given: Mapping[str, str]) -> Path:
@@ -86,7 +100,7 @@ def export(name: str, config: DictConfig, root: Path, given: Mapping[str, str]) 
             continue
         images = instantiate(config.reader)(split=split, data_root=root)
         folder = root / "store" / name / f"{images.manifest.source}-{form}"
-        if given.get("verify") == "true":
+        if flag(given, "verify"):
             store.verify(folder, split)
             print(f"{name} {split}: unchanged ({folder})")
             continue
@@ -97,8 +111,13 @@ def export(name: str, config: DictConfig, root: Path, given: Mapping[str, str]) 
 
 
 def main(arguments: list[str]) -> int:
+    if wants_help(arguments):
+        print(__doc__)
+        return 0
+    failed = False
     try:
         given = options(arguments, OPTIONS)
+        flag(given, "verify")
         root = root_of(given)
         if "archive" in given:
             folder = root / given.get("to", "raw")
@@ -109,14 +128,18 @@ def main(arguments: list[str]) -> int:
             print(__doc__)
             return 2
         for name, config in datasets(given["dataset"], ("vtab", "fgvc")).items():
-            export(name, config, root, given)
+            try:
+                export(name, config, root, given)
+            except (OSError, ValueError, ImportError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                failed = True
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

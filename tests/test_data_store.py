@@ -15,6 +15,7 @@ from test_data_raw import read, shrink
 from test_data_vtab import community
 
 from data import Images, Manifest, Rows, store, vtab
+from data.archives import ARCHIVES
 from data.unpack import unpack
 from scripts import doctor, prepare
 
@@ -242,6 +243,16 @@ def test_doctor_sees_all_sets_and_says_how_to_get_them(tmp_path, monkeypatch, ca
     assert "run python -m scripts.fetch_weights dinov2_s14" in out
     for task, found in vtab.TASKS.items():
         assert f"expected {tmp_path}/vtab-1k/{found.folders[0]} with" in out, task
+        assert ARCHIVES[found.archive][2] in out, task
+
+
+def test_prepare_goes_on_behind_a_set_that_is_not_there(tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch, "svhn", by_hand.svhn(tmp_path / "raw"))
+    command = ["dataset=vtab/dtd,vtab/svhn", "source=raw", f"data_root={tmp_path}"]
+    assert prepare.main(command) == 1
+    output = capsys.readouterr()
+    assert "dtd: no original archive; expected" in output.err
+    assert "vtab/svhn test: 2 images in" in output.out
 
 
 @pytest.mark.parametrize("command", [prepare, doctor])
@@ -254,6 +265,11 @@ def test_commands_explain_what_they_do_not_know(command, tmp_path, capsys):
         assert command.main([*arguments, f"data_root={tmp_path}"]) == 1
         output = capsys.readouterr()
         assert message in output.err + output.out
+    switch = "verify" if command is prepare else "deep"
+    assert command.main(["dataset=vtab/dtd", f"{switch}=yes", f"data_root={tmp_path}"]) == 1
+    assert f"{switch} is 'yes'; it is true or false" in capsys.readouterr().err
+    assert command.main(["--help"]) == 0
+    assert "data_root=DIR" in capsys.readouterr().out
     assert doctor.main(["dataset=fgvc", "source=raw"]) == 1
     assert "fgvc/cub200 has no source 'raw'" in capsys.readouterr().err
 
@@ -316,6 +332,29 @@ def test_unpack(suffix, tmp_path):
     assert sorted(p for p in tmp_path.rglob("*") if p != path) == before
     with pytest.raises(FileNotFoundError, match=r"gone.zip is not there"):
         unpack(tmp_path / "gone.zip", folder)
+
+
+def test_unpack_takes_the_tar_of_a_folder(tmp_path):
+    """`tar czf x.tar.gz .` begins with the member "./"."""
+    (tmp_path / "in/dtd").mkdir(parents=True)
+    (tmp_path / "in/dtd/test.txt").write_text("a 1\n")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as file:
+        file.add(tmp_path / "in", arcname="./")
+    unpack(tmp_path / "x.tar.gz", tmp_path / "out")
+    assert (tmp_path / "out/dtd/test.txt").read_text() == "a 1\n"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["dtd"]
+
+
+@pytest.mark.parametrize(("offset", "value"), [(6, 1), (8, 9)], ids=["encrypted", "deflate64"])
+def test_zips_that_python_cannot_unpack_are_named(offset, value, tmp_path):
+    archive(tmp_path / "x.zip", {"new/a.txt": b"x"})
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[offset] = value  # the flags or the method, here and in the central directory
+    content[content.index(b"PK\x01\x02") + offset + 2] = value
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.zip cannot be unpacked here \("):
+        unpack(tmp_path / "x.zip", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_unpack_by_command(tmp_path, capsys):
