@@ -121,11 +121,15 @@ def matches(record: Mapping, row: Row) -> bool:
     the method where the row has it. Those that the recipe's grid varies may have any value."""
     if row.absent or (record["backbone"], record["method"]) != (row.backbone, row.method):
         return False
+    change = record["config"].get("derived") or {}
+    if {key: value for key, value in change.items() if key not in ("of", "phase")} != row.derive:
+        return False
     said = recipe(row.recipe)
     expected = values(said["overrides"]) | said["tasks"].get(record["task"], {})
     expected |= values(row.overrides)
     own = {path.partition(".")[2]: v for path, v in expected.items() if path.startswith("method.")}
     free = {path.partition(".")[2] for path in {**said["grid"], **row.variants}} | set(own)
+    free |= set(row.derive)  # what is derived says so in its variant
     changed = set(re.findall(r"(?:^|,)(\w+)=", record["variant"]))
     method = record["config"]["method"]
     return changed <= free and all(method.get(key) == value for key, value in own.items())

@@ -1,4 +1,5 @@
 """What a checkpoint holds of a model, how many numbers that is, and from which weights it came."""
+
 import hashlib
 from collections.abc import Mapping
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import applies, node
 from omegaconf import OmegaConf
 
+import sweep
 import train
 from peft import record as records
 from peft import rows as tables
@@ -197,9 +198,9 @@ def tiny(name: str, row: tables.Row, tmp_path) -> Cell:
     """The first cell of a row as its experiment plans it, cut down: the tiny backbone of its
     family, made-up images of as many classes, two steps, one seed, the first point of the grid."""
     point = next(iter(product(tables.recipe(row.recipe)["grid"])), {})
-    sweep = {**experiments.sweep(name), "seeds": [1], "grid": [point] if point else {}}
+    said = {**experiments.sweep(name), "seeds": [1], "grid": [point] if point else {}}
     machine = [f"runs_dir={tmp_path}", "device=cpu", "workers=0", "image_size=32"]
-    cell = cells_of(sweep, machine, rows=[row.number], datasets=experiments.datasets(name)[:1])[0]
+    cell = cells_of(said, machine, rows=[row.number], datasets=experiments.datasets(name)[:1])[0]
     cell = getattr(cell, "base", cell)
     cfg, fake = cell.cfg, node("dataset", "fake").copy()
     small = node("backbone", FAMILIES[cfg.backbone.family]).copy()
@@ -231,3 +232,41 @@ def test_the_first_cell_runs(name, row, tmp_path):
     assert ("top1_best" in record["metrics"]) == peeks
     task = experiments.datasets(name)[0]
     assert experiments.matches({**record, "backbone": row.backbone, "task": task}, row)
+
+
+def test_rows_that_are_derived_are_evaluated_and_not_trained(tmp_path, capsys):
+    rows = [
+        {"backbone": "tiny_vit", "method": "alore", "derive": {"experts": "increment_1"}},
+        {"backbone": "tiny_vit", "method": "alore"},
+    ]
+    cfg = compose(
+        "sweep",
+        [
+            *(f"{key}={tmp_path}/{key}" for key in ("runs_dir", "data_root")),
+            *("sweep=_table", "device=cpu", "workers=0", "engine=here"),
+            *("sweep.name=masks", "sweep.dataset=[fake]", "sweep.recipe=alore_vtab"),
+            *("sweep.grid={}", "sweep.seeds=[1,2]", "sweep.rows=[]"),
+            'sweep.overrides=["image_size=32","optim.epochs=1","optim.batch_size=16"]',
+        ],
+    )
+    cfg.sweep.rows = rows
+    cfg.action = "plan"
+    sweep.run(cfg)
+    said = capsys.readouterr().out
+    assert "2 cells, 4 runs" in said and "1 alore, tiny_vit: 2 evaluations, 0 done" in said
+    cfg.action = "run"
+    sweep.run(cfg)
+    found = [records.read(path) for path in tmp_path.glob("runs_dir/fake/fake/*/record.json")]
+    finals = {r["key"]: r for r in found if r["phase"] == "final"}
+    derived = [r for r in found if r["phase"] == "derived"]
+    assert len(finals) == len(derived) == 2
+    assert {key for r in derived for key in r["derived_from"]} == set(finals)
+    assert {r["config"]["derived"]["experts"] for r in derived} == {"increment_1"}
+    capsys.readouterr()
+    cfg.action = "plan"
+    cfg.rows = [1]  # alone: its runs are found, though their row is not asked for
+    sweep.run(cfg)
+    assert "1 cells, 2 runs: 2 done, 0 failed, 0 missing" in capsys.readouterr().out
+    own, other = tables.rows_of({"name": "masks", "recipe": "alore_vtab", "rows": rows})
+    assert all(experiments.matches(r, own) and not experiments.matches(r, other) for r in derived)
+    assert not any(experiments.matches(r, own) for r in finals.values())
