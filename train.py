@@ -145,6 +145,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     scored = loader_of(cfg, splits.score_on, device, train=False)
     model = model_of(cfg, device)
     weights_sha256, counts = peft.state.digest(model), peft.count(model)
+    peft.state.check_reached(model, cfg.image_size, cfg.method.get("no_gradient") or ())
     peeks = cfg.phase == "final" and cfg.protocol.selection == "best_on_test"
     kinds = {}
     for one in runs:

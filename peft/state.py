@@ -1,10 +1,12 @@
 """What a checkpoint holds of a model, how many numbers that is, and from which weights it came."""
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft.backbone import head_path
 from peft.core import Tuner, own_parameters, tuners
@@ -65,6 +67,41 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Modu
     for name, tensor in own.items():
         tensor.copy_(state[name])
     return model
+
+
+def check_reached(model: nn.Module, size: int, exempt: Iterable[str] = ()) -> None:
+    """Raises ValueError naming the trainable tensors that no gradient reaches: they would stay as
+    they are, and count as tuned.
+
+    Asked of tensors moved a little, since a factor that starts at zero blocks its partner's first
+    gradient by design, with two images of noise of `size` pixels, in eval mode. `exempt` are
+    patterns of names that a method declares. The model and torch's random numbers stay unchanged.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        return
+    noise, like = torch.Generator().manual_seed(0), next(iter(trained.values()))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise).to(like)
+
+    moved = {n: (p + 0.02 * draw(*p.shape)).detach().requires_grad_() for n, p in trained.items()}
+    training = model.training
+    with torch.enable_grad():
+        logits = functional_call(model.eval(), moved, (draw(2, 3, size, size),))
+        grads = torch.autograd.grad(logits.square().sum(), moved.values(), allow_unused=True)
+    model.train(training)
+    silent = [
+        _clean(model, name)
+        for name, grad in zip(moved, grads)
+        if (grad is None or not grad.any()) and not any(re.fullmatch(e, name) for e in exempt)
+    ]
+    if silent:
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        raise ValueError(
+            f"no gradient reaches {len(silent)} of {len(trained)} trainable tensors: {shown}. This "
+            f"{type(model).__name__} does not read them; place the method on other sites"
+        )
 
 
 def count(model: nn.Module) -> dict[str, int]:

@@ -7,6 +7,7 @@ import functools
 import re
 
 import pytest
+import timm
 import torch
 from conftest import CLASSES, TINY, applies, home, jitter, node, shallow, tiny
 
@@ -14,12 +15,15 @@ import peft
 from peft.config import catalogue, plain
 from peft.core import Tuner, WeightTuner
 from peft.layers import Still
+from peft.rlrr import RLRR
+from peft.state import check_reached
 
 METHODS = catalogue("method")
 CELLS = [(backbone, method) for backbone in TINY for method in METHODS if applies(backbone, method)]
 REFUSED = [
     (backbone, method) for backbone in TINY for method in METHODS if not applies(backbone, method)
 ]
+SMALL_BEIT = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
 cells = pytest.mark.parametrize(("backbone", "method"), CELLS)
 
 
@@ -178,6 +182,30 @@ def test_autocast_is_close(backbone, method, images):
 def test_what_does_not_apply_says_why(backbone, method):
     with pytest.raises(ValueError, match=f"{method} does not apply to .* backbones: .{{10,}}"):
         peft.create(backbone, method, num_classes=CLASSES)
+
+
+@cells
+def test_the_check_for_gradients_passes_and_changes_nothing(backbone, method):
+    model, exempt = fresh(backbone, method).train(), node("method", method).get("no_gradient")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    dice = torch.get_rng_state()
+    check_reached(model, 64, exempt or ())
+    assert torch.equal(torch.get_rng_state(), dice) and model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_tensor_without_gradient_is_named():
+    """BEiT keeps the biases of q and v apart and never reads qkv's, so a shift there is dead."""
+    model = timm.create_model("beit_base_patch16_224", **SMALL_BEIT)
+    model.sites = {"qkv": r"blocks\.\d+\.attn\.qkv", "head": "head", "block": r"blocks\.\d+"}
+    peft.attach(model, [{"sites": ["qkv"], "tuner": RLRR.over}])
+    with pytest.raises(
+        ValueError,
+        match=r"reaches 2 of 8 trainable .* blocks.0.attn.qkv.shift, blocks.1.attn.qkv.shift",
+    ):
+        check_reached(model, 32)
+    check_reached(model, 32, [r".*\.shift"])
 
 
 @pytest.mark.parametrize(
