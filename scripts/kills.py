@@ -3,9 +3,10 @@ of one that was left alone.
 
     python -m scripts.kills [kills=50] [seed=0]
 
-Every training is killed once (kill -9), at a moment drawn uniformly over its length, and started
-again. Single runs and packs of three take turns; both draw dropout, mixtures and moving averages,
-and write a checkpoint after every step. Tiny, on the CPU, in minutes.
+Every training is killed once (kill -9), at a moment drawn uniformly between the first sign of it on
+the disk and its end, and started again. Single runs and packs of three take turns; both draw
+dropout, mixtures and moving averages, and write a checkpoint after every step. Tiny, on the CPU, in
+minutes.
 """
 
 import json
@@ -69,6 +70,13 @@ def step_of(folder: Path) -> int | None:
     return torch.load(states[0], weights_only=True)["history"]["step"] if states else None
 
 
+def begun(child: multiprocessing.Process, folder: Path) -> float:
+    """The moment at which a child's training has a folder, or has ended."""
+    while child.exitcode is None and not any(folder.glob("runs/*/*/*")):
+        time.sleep(0.001)
+    return time.monotonic()
+
+
 def kill(count: int, seed: int) -> int:
     """Prints what came of it; returns the exit status."""
     processes = multiprocessing.get_context("forkserver")
@@ -84,18 +92,20 @@ def kill(count: int, seed: int) -> int:
         references = []
         for number, rates in enumerate(PACKS):
             for name in ("warm", f"alone{number}")[number > 0 :]:  # the first child imports, too
-                begun = time.monotonic()
                 child = start(name, rates)
+                moment = begun(child, Path(scratch) / name)
                 child.join()
                 if child.exitcode:
                     print(f"error: the undisturbed training left with status {child.exitcode}")
                     return 1
-            references.append((time.monotonic() - begun, left(Path(scratch) / f"alone{number}")))
+            length = time.monotonic() - moment
+            references.append((length, left(Path(scratch) / f"alone{number}")))
         for trial in tqdm(range(count), "kills", disable=not sys.stderr.isatty()):
             rates, (length, expected) = PACKS[trial % 2], references[trial % 2]
             for attempt in range(100):  # until the blow falls before its end
                 name = f"{trial}-{attempt}"
                 child = start(name, rates)
+                begun(child, Path(scratch) / name)
                 child.join(draw.uniform(0, length))
                 if child.exitcode is None:
                     break
