@@ -56,7 +56,9 @@ class DoRA(WeightTuner):
             moved = weight + self.scale * self.up @ self.down
         ratio, kept = self.ratio(moved), F.linear(x, weight)
         dropped = self.dropout(x)
-        again = F.linear(dropped, weight) if self.training and self.dropout.p else kept
         low = self.scale * F.linear(F.linear(dropped, self.down), self.up)
-        y = kept + (ratio - 1) * again + ratio * low
+        if self.training and self.dropout.p:
+            y = kept + (ratio - 1) * F.linear(dropped, weight) + ratio * low
+        else:
+            y = ratio * (kept + low)  # the same, and keeps one activation less for the gradient
         return y if bias is None else y + bias
