@@ -16,19 +16,16 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from scripts import published, runs
-from scripts.runs import GROUPS
+from scripts import beside, experiments, published, runs
 from scripts.tables import (
     BORROWED,
     DAGGER,
-    DASH,
-    DOUBT,
+    NOT_RUN,
     NOTHING,
     PARAMS,
     Column,
     Entry,
     Line,
-    Missing,
     Table,
     delta,
     notes,
@@ -51,7 +48,7 @@ TITLES = {"accuracy_fraction": "Accuracy", "num_params": "Parameters",
           "mean_group": "Mean of 3 groups", "mean_fgvc": "Mean of 5 tasks"}  # fmt: skip
 # Where a paper's columns are no data sets: what its rows and its columns run over.
 LAYOUTS = {
-    ("lava", "T1"): (["backbone", "pretraining"], ["method"]),
+    ("lava", "T1"): (["backbone"], ["method"]),
     ("lava", "T5"): (["method", "variant", "metric"], ["backbone"]),
     ("rlrr", "S12"): (["method", "variant"], ["backbone"]),
 }
@@ -140,6 +137,8 @@ class _Builder:
         self.doubts = _doubts(paper, number)
         self.errata: dict[str, None] = {}
         self.cells: list[runs.Cell] = []
+        self.experiment = experiments.of_published(paper, number)
+        self.tasks = experiments.datasets(self.experiment) if self.experiment else []
 
     def table(self, name: str) -> Table:
         columns = self.columns()
@@ -168,7 +167,7 @@ class _Builder:
         frame, columns = self.frame, []
         for label in LABELS:
             several = label in self.rows and (label == "method" or frame[label].nunique() > 1)
-            if several and not (self.rows == ["backbone", "pretraining"] and label == "method"):
+            if several:
                 columns.append(Column(label, label.capitalize(), "label"))
         groups = {task: group for group, tasks in published.tasks().items() for task in tasks}
         for values, cells in frame.groupby(self.over, sort=False):
@@ -206,7 +205,7 @@ class _Builder:
         ours = Line(r, "ours", key, dict(labels))
         change = Line(r, "delta", key, dict(labels))
         scores = {column.key for column in table.columns if column.kind == "score"}
-        lacking: dict[str, list[str]] = {}
+        lacking: dict[tuple, list[str]] = {}
         for identity, cells in part.groupby(published.ROW, sort=False):
             self.mark(printed, identity)
             here = self.ours(identity)
@@ -218,17 +217,17 @@ class _Builder:
                     change.entries[column] = delta(entry, published_entry, digits)
             if any(runs.peeks(cell.record) for cell in here.values()):
                 ours.marks, ours.why = DAGGER, {DAGGER: "the epoch was chosen on the test set"}
-            needed = self.needed(identity, cells)
-            if lost := [task for task in needed if task not in here]:
-                lacking[identity] = [lost, needed]
+            if lost := [task for task in self.tasks if task not in here]:
+                lacking[identity] = lost
             self.cells += here.values()
         table.lines.append(printed)
         if any(entry.text for name, entry in ours.entries.items() if name not in labels):
             table.lines.append(ours)
         if any(entry.text for name, entry in change.entries.items() if name not in labels):
             table.lines.append(change)
-        for identity, (lost, needed) in lacking.items():
-            table.missing.append(self.missing(identity, lost, needed))
+        for identity, lost in lacking.items():
+            row = self.experiment_row(identity)
+            table.missing.append(beside.missing(self.name(identity), self.experiment, row, lost))
 
     def mark(self, line: Line, identity: tuple) -> None:
         signs = {"peek": DAGGER, "borrowed": BORROWED}
@@ -271,24 +270,13 @@ class _Builder:
         name = f"{method} ({variant})" if variant else method
         return name + f", {_backbone(backbone, pretraining)}" * several
 
-    def needed(self, identity: tuple, cells: pd.DataFrame) -> list[str]:
-        """The tasks that fill one row."""
-        suite = self.suite()
-        if suite is None or not set(cells["metric"]) & {"top1"}:
-            return []
-        named = [name for name in cells["dataset"].unique() if not name.startswith("mean_")]
-        groups = published.tasks()
-        if not named or suite == "vtab":
-            named = [task for group in GROUPS for task in groups[group]]
-        return named
-
     def ours(self, identity: tuple) -> dict[str, runs.Cell]:
         """Our cells of one row, by task."""
-        by_task: dict[str, list[dict]] = {}
-        for record in self.found:
-            if runs.tested(record) and belongs(record, identity):
-                by_task.setdefault(record["task"], []).append(record)
-        return {task: runs.cell_of(records) for task, records in by_task.items()}
+        row = self.experiment_row(identity)
+        return {} if row is None else beside.cells_of(self.experiment, row, self.found)
+
+    def experiment_row(self, identity: tuple) -> experiments.Row | None:
+        return experiments.find(self.paper, self.number, *identity[3:])
 
     def our_part(
         self, identity: tuple, cells: pd.DataFrame, here: dict[str, runs.Cell],
@@ -297,30 +285,27 @@ class _Builder:
         """Column, our entry and the decimals of the published one."""
         benchmark = identity[2]
         groups = published.averages(benchmark)
-        if self.needed(identity, cells):
-            for cell in cells.itertuples():
-                if cell.metric != "top1":
-                    continue
-                column = _key(tuple(getattr(cell, name) for name in self.over))
-                if cell.dataset in groups:
-                    parts = [[here.get(task) for task in part] for part in groups[cell.dataset]]
-                    yield column, of_mean(parts, max(cell.decimals, 1)), max(cell.decimals, 1)
-                else:
-                    yield column, of_cell(here.get(cell.dataset)), max(cell.decimals, 1)
-            shown = {column.key for column in columns} - set(cells["dataset"])
-            for mean in shown & {"mean_all", "mean_group"} & groups.keys():
-                parts = [[here.get(task) for task in part] for part in groups[mean]]
-                yield mean, of_mean(parts), 2
+        for cell in cells.itertuples():
+            column, digits = _key(tuple(getattr(cell, name) for name in self.over)), cell.decimals
+            ours = here.get(self.tasks[0]) if self.tasks else None
+            if cell.metric == "accuracy_fraction":  # of the one data set, which is not named
+                yield column, beside.fraction(ours, digits), digits
+            elif cell.metric == "trainable_params_pct":
+                yield column, beside.share(ours, self.found, digits), digits
+            elif cell.metric == "num_params":
+                yield column, beside.count(ours), digits
+            elif cell.dataset in groups:
+                parts = [[here.get(task) for task in part] for part in groups[cell.dataset]]
+                yield column, of_mean(parts, max(digits, 1)), max(digits, 1)
+            elif cell.metric == "top1":
+                yield column, of_cell(here.get(cell.dataset), max(digits, 1)), max(digits, 1)
+        shown = {column.key for column in columns} - set(cells["dataset"])
+        for mean in sorted(shown & {"mean_all", "mean_group"} & groups.keys()):
+            parts = [[here.get(task) for task in part] for part in groups[mean]]
+            yield mean, of_mean(parts), 2
         counts = of_params(list(here.values())) if here else {}
         for column, entry in counts.items():
             yield f"{column}:{identity[3]}" if "backbone" in self.over else column, entry, 3
-
-    def missing(self, identity: tuple, lost: list[str], needed: list[str]) -> Missing:
-        what = f"{len(lost)} of {len(needed)} tasks"
-        if len(lost) < len(needed) and len(lost) <= 3:
-            what += f" ({', '.join(lost)})"
-        command, why = command_for(self.paper, self.number, identity, lost, needed)
-        return Missing(self.name(identity), what, command, why)
 
     def notes(self, table: Table) -> list[str]:
         marks = {mark for line in table.lines for mark in line.marks}
@@ -340,7 +325,7 @@ class _Builder:
             said.append(
                 f"{BORROWED} Not measured by this paper, or the same measurement as in another one."
             )
-        return said + (notes(self.cells) if self.cells else ["Ours: there is no run of it yet."])
+        return said + (notes(self.cells) if self.cells else [NOT_RUN])
 
 
 def _key(values: Sequence[str]) -> str:
@@ -356,43 +341,3 @@ def _doubts(paper: str, table: str) -> dict[tuple, str]:
     frame = frame[(frame["paper"] == paper) & (frame["table"] == table)]
     keys = frame[published.CELL[2:]].itertuples(index=False, name=None)
     return dict(zip(keys, frame["remark"]))
-
-
-# A variant that is the method's default, or that is a method of its own here.
-DEFAULTS = {
-    "alore": {"rank=4", "experts=4", "layers=12", "location=before_mha+before_ffn",
-              "experts_kept=increment_4", "structure=alore"},
-    "rlrr": {"left+right,residual", "init=rlrr_default", "rank=1,with_W"},
-}  # fmt: skip
-
-
-def belongs(record: dict, identity: tuple) -> bool:
-    """Whether a record is a run of one published row."""
-    _, _, benchmark, backbone, pretraining, method, variant = identity
-    if variant in DEFAULTS.get(method, ()):
-        variant = ""
-    return (
-        record["suite"] == SUITES.get(benchmark)
-        and record["backbone"] == _backbone(backbone, pretraining)
-        and record["method"] == method
-        and record["variant"] == variant
-    )
-
-
-def command_for(
-    paper: str, table: str, identity: tuple, lost: list[str], needed: list[str]
-) -> tuple[str, str]:
-    """The command that fills what a row lacks, or why there is none."""
-    _, _, benchmark, backbone, pretraining, method, _ = identity
-    name = _backbone(backbone, pretraining)
-    for kind, value in (("method", method), ("backbone", name)):
-        if not list(CONFIGS.glob(f"{kind}/{value}.yaml")):
-            return "", f"not run here: there is no configs/{kind}/{value}.yaml"
-    suite = SUITES[benchmark]
-    tasks = ",".join(f"{suite}/{task}" for task in lost)
-    tasks = tasks if len(lost) < len(needed) or len(lost) == 1 else f"{suite}/*"
-    return f"python sweep.py sweep.backbone=[{name}] sweep.method=[{method}] " \
-           f"sweep.dataset=[{tasks}] action=run", ""  # fmt: skip
-
-
-__all__ = ["DASH", "DOUBT", "find", "names", "published_table"]

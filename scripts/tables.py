@@ -149,6 +149,8 @@ PARAMS = [
 ]
 
 
+NOT_RUN = "Ours: there is no run of it yet."
+PEEKED = f"{DAGGER} Best epoch on the test set: comparable only with rows so marked."
 NO_RUNS = (
     "There is no final run here yet. Run a sweep (python sweep.py sweep=mini action=run), then "
     "keep its records (python -m scripts.tabulate --keep results/runs/mini)."
@@ -160,9 +162,9 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
 
     Without a tested run it holds the sentence that says so. Raises ValueError as `runs.cells` does.
     """
-    grid = runs.cells(found)
+    grid, title = runs.cells(found), f"Our runs: {name}" if name else "Our runs"
     if not grid:
-        return Table(name, f"Our runs: {name}", [], [], [NO_RUNS])
+        return Table(name, title, [], [], [NO_RUNS])
     tasks = sorted({column for row in grid.values() for column in row}, key=runs.column_order)
     several = len({backbone for _, _, backbone in grid}) > 1
     means = _mean_columns(tasks)
@@ -175,7 +177,7 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
         *(Column("/".join(map(str, c)), runs.title_of(c, grid), "score", c[1]) for c in tasks),
         *(Column(title, title, "score", "means") for title in means),
     ]
-    table = Table(name, f"Our runs: {name}", columns, [])
+    table = Table(name, title, columns, [])
     for row in runs.row_order(grid):
         cells = grid[row]
         honest = not any(runs.peeks(cell.record) for cell in cells.values())
@@ -199,9 +201,7 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
     table.rank()
     table.notes = notes([cell for row in grid.values() for cell in row.values()])
     if any(line.marks for line in table.lines):
-        table.notes.append(
-            f"{DAGGER} Best epoch on the test set: comparable only with rows so marked."
-        )
+        table.notes.append(PEEKED)
     return table
 
 

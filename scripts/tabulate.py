@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft import record as records
-from scripts import papers, published
+from scripts import papers, points, published
 from scripts.render import FORMATS, markdown
 from scripts.runs import (
     PUBLISHED,
@@ -37,7 +37,7 @@ from scripts.tables import DAGGER, DASH, NO_RUNS, Table, own_table, text_of
 RECORDS, TABLES = RESULTS / "records", RESULTS / "tables"
 
 
-def table(found: Iterable[dict], name: str = "results") -> Table:
+def table(found: Iterable[dict], name: str = "") -> Table:
     """Our runs alone. Raises ValueError where there is no final run among them."""
     made = own_table(found, name)
     if not made.lines:
@@ -63,10 +63,20 @@ def under(found: Sequence[dict], protocol: str | None) -> list[dict]:
     return [record for record in found if protocol in (None, record["protocol"])]
 
 
+def find(name: str) -> list[str]:
+    """The tables meant by a name. Raises ValueError naming the nearest for one that is not."""
+    return [name.lower()] if name.lower() in points.names() else papers.find(name)
+
+
+def named_table(name: str, found: Sequence[dict]) -> Table:
+    make = points.table if name in points.names() else papers.published_table
+    return make(name, found)
+
+
 def every(found: Sequence[dict]) -> dict[str, Table]:
     """Name -> table: every table of the papers, and one of our own for every suite with runs."""
     published.check()
-    made = {name: papers.published_table(name, found) for name in papers.names()}
+    made = {name: named_table(name, found) for name in [*papers.names(), *points.names()]}
     for suite in SUITES:
         of_suite = [record for record in found if record["suite"] == suite]
         if of_suite or suite == "mini":
@@ -110,8 +120,8 @@ def document(made: dict[str, Table]) -> str:
     """A LaTeX document of all tables: pdflatex all.tex in its folder."""
     inputs = "\n".join(f"\\input{{{name}.tex}}\n\\clearpage" for name in made)
     return (
-        "\\documentclass[a4paper]{article}\n"
-        "\\usepackage[landscape,margin=1.5cm]{geometry}\n\\usepackage{booktabs,graphicx}\n"
+        "\\documentclass[a3paper]{article}\n"
+        "\\usepackage[landscape,margin=1cm]{geometry}\n\\usepackage{booktabs,graphicx}\n"
         f"\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
     )
 
@@ -169,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         made = {"": table(found, Path(options.what).name)}
     else:
         found = under(collect(options.records) if options.records else kept(), options.protocol)
-        made = {name: papers.published_table(name, found) for name in papers.find(options.what)}
+        made = {name: named_table(name, found) for name in find(options.what)}
     print("\n".join(FORMATS[options.format](one) for one in made.values()))
     if options.out:
         kind = options.out.suffix[1:]

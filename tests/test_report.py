@@ -184,13 +184,13 @@ def test_sorting_keeps_ours_below_its_published_line(window):
         "[...document.querySelectorAll('#rlrr-table2 tbody')].filter(b => b.rows.length === 3)"
         ".map(b => [...b.rows].map(r => r.className + ' ' + r.dataset.label))"
     )
-    assert bodies == [[f"{s} lora, vit_b16_in21k" for s in ("published", "ours", "delta")]]
+    assert bodies == [[f"{s} bitfit, vit_b16_in21k" for s in ("published", "ours", "delta")]]
 
 
 def test_words_and_boxes_filter(window):
     window.click("#rlrr-table2 input[type=search]")
-    window.type("lora in21k")
-    assert window.js(COLUMN) == ["lora, vit_b16_in21k"]
+    window.type("bitfit in21k")
+    assert window.js(COLUMN) == ["bitfit, vit_b16_in21k"]
     count = "document.querySelector('#rlrr-table2 output').textContent"
     assert window.js(count) == "1 of 14 rows"
     window.click("#rlrr-table2 input[value=published]")
@@ -212,7 +212,7 @@ def test_click_opens_where_a_number_comes_from_and_escape_closes(window):
     )
     window.press("Escape")
     assert window.js(ABOUT) is None
-    window.click("#rlrr-table2 tbody[data-label^='lora'] tr.ours td")
+    window.click("#rlrr-table2 tbody[data-label^='bitfit'] tr.ours td")
     said = window.js(ABOUT)
     assert "vtab/cifar100, 42" in said and "sha256 a" in said
     window.press("Escape")
@@ -223,7 +223,7 @@ def test_click_opens_where_a_number_comes_from_and_escape_closes(window):
 
 
 def test_a_missing_field_gives_its_command(window):
-    window.click("#rlrr-table2 tbody[data-label^='bitfit'] tr.ours td")
+    window.click("#rlrr-table2 tbody[data-label^='full'] tr.ours td")
     assert "no run of ours" in window.js(ABOUT) and "python sweep.py" in window.js(ABOUT)
     window.press("Escape")
 

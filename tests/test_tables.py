@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from peft import record as records
-from scripts import papers, published, render, tabulate
+from scripts import papers, points, published, render, tabulate
 from scripts.plot import accuracy_plot
 
 
@@ -299,6 +299,7 @@ def test_bad_file_is_named(folder, damage):
 def kept(tmp_path, monkeypatch):
     """results/records and results/tables of another place, and two tables of the papers."""
     monkeypatch.setattr(papers, "names", lambda: ["rlrr/table2", "lava/table5"])
+    monkeypatch.setattr(points, "names", lambda: ["rlrr/fig2"])
     monkeypatch.setattr(tabulate, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(tabulate, "TABLES", tmp_path / "tables")
     return tmp_path / "records"
@@ -351,7 +352,7 @@ def test_nothing_is_kept_that_cannot_stand_beside_the_others(folder, kept):
     assert files(kept) == before
 
 
-def vtab(method="rlrr", seeds=(42, 44), lost=(), **changes) -> list[dict]:
+def vtab(method="linear", seeds=(42, 44), lost=(), **changes) -> list[dict]:
     """Runs of a row of RLRR's Table 2: what its paper prints, and a point more for every seed."""
     row = published.numbers("rlrr")
     row = row[(row["table"] == "T2") & (row["method"] == method)]
@@ -400,15 +401,104 @@ def test_a_row_that_is_not_whole_has_no_mean_and_says_what_it_lacks():
     assert ours.entries["svhn"].text == ours.entries["mean_natural"].text == tabulate.DASH
     assert ours.entries["mean_specialized"].text != tabulate.DASH
     (row,) = (row for row in table.missing if row.label.startswith("linear"))
-    assert row.what == "2 of 19 tasks (svhn, dmlab)" and row.command.startswith("python sweep.py")
+    assert row.what == "2 of 19 tasks (svhn, dmlab)"
+    assert row.command == "python sweep.py experiment=rlrr/table2 rows=[2]"
 
 
 def test_a_table_of_means_is_filled_from_whole_groups():
-    row = vtab("rlrr", backbone="vit_l16_in21k")
+    row = vtab("full", backbone="vit_l16_in21k")
     table = papers.published_table("rlrr/table4a", row)
-    assert line_of(table, "rlrr", "ours").entries["mean_natural"].text != tabulate.DASH
+    assert line_of(table, "full", "ours").entries["mean_natural"].text != tabulate.DASH
     table = papers.published_table("rlrr/table4a", row[2:])
-    assert line_of(table, "rlrr", "ours").entries["mean_natural"].text == tabulate.DASH
+    assert line_of(table, "full", "ours").entries["mean_natural"].text == tabulate.DASH
+
+
+def alore(method: dict, variant: str, top1: float) -> dict:
+    """A run of an ALoRE on DTD."""
+    config = {"name": "alore", "rank": 4, "experts": 4, "location": "before_mha+before_ffn"}
+    return record(
+        "alore", "dtd", 42, top1, suite="vtab", backbone="vit_b16_in21k", variant=variant,
+        config__method=config | method, config__backbone={"name": "vit_b16_in21k"},
+        config__dataset={"name": "dtd", "suite": "vtab", "title": "DTD"},
+    )  # fmt: skip
+
+
+def ours_on_dtd(name: str, found: list[dict]) -> dict[str, str]:
+    lines = [line for line in papers.published_table(name, found).lines if line.source == "ours"]
+    shown = {line.key["variant"]: line.entries["dtd"].text for line in lines}
+    return {variant: text for variant, text in shown.items() if text != tabulate.DASH}
+
+
+def test_every_run_stands_in_its_row_of_an_ablation_and_in_no_other():
+    default = alore({}, "", 50.0)
+    config = records.derived([default], {"experts": "sliced_2"})
+    derived = default | {
+        "phase": "derived", "config": config, "variant": "experts=sliced_2",
+        "key": records.key_of(config), "metrics": {"top1_last": 30.0},
+    }  # fmt: skip
+    found = [default, derived, alore({"rank": 8}, "rank=8", 60.0), record("alore", "dtd")]
+    assert ours_on_dtd("alore/table18", found) == {"rank=4": "50.0", "rank=8": "60.0"}
+    assert ours_on_dtd("alore/table19", found) == {"experts=4": "50.0"}
+    expected = {"experts_kept=increment_4": "50.0", "experts_kept=sliced_2": "30.0"}
+    assert ours_on_dtd("alore/table22", found) == expected
+    assert ours_on_dtd("alore/table2", found) == {"": "50.0"}
+
+
+def cifar(method: dict, task: str, backbone: str, variant: str = "", **changes) -> dict:
+    title = task.upper()
+    return record(
+        method["name"], task, 42, 91.25, None, suite="cifar", backbone=backbone, variant=variant,
+        config__method=method, config__backbone={"name": backbone},
+        config__dataset={"name": task, "suite": "cifar", "title": title}, **changes,
+    )  # fmt: skip
+
+
+def test_fractions_counts_and_shares():
+    dense = {"name": "superlora", "form": "dense"}
+    one = cifar(dense, "cifar100", "vit_b16_in21k", "form=dense", tuned_params=14155776)
+    table = papers.published_table("superlora/a6", [one])
+    ours = next(line for line in table.lines if (line.source, line.row) == ("ours", 4))
+    fraction = ours.entries["accuracy_fraction"]
+    assert fraction.text == "0.9125" and fraction.value == pytest.approx(0.9125)
+    assert ours.entries["num_params"].text == "14155776"
+
+    rank = {"name": "lava", "rank": 3, "strength": 0.0}
+    lava = cifar(rank, "cifar10", "alexnet_in1k", "rank=3,strength=0.0", tuned_params=6303,
+                 head_params=40970)  # fmt: skip
+    full = cifar({"name": "full"}, "cifar10", "alexnet_in1k", tuned_params=57003840,
+                 head_params=40970)  # fmt: skip
+    for name, key in (("lava/table1", "lava"), ("lava/table5", "alexnet")):
+        lines = papers.published_table(name, [lava, full]).lines
+        shares = [
+            line.entries[key].text
+            for line in lines
+            if line.source == "ours" and line.entries.get(key) and line.entries[key].runs
+        ]
+        assert shares[0] == "0.08"  # as the paper has it
+    alone = papers.published_table("lava/table1", [lava])  # of what, cannot be said
+    shown = {line.entries["lava"].text for line in alone.lines if line.source == "ours"}
+    assert shown == {tabulate.DASH}
+
+
+def test_points_of_an_experiment_without_printed_numbers():
+    point = {"name": "rlrr", "ffn": False, "norm": False, "mha": True, "layers": 4}
+    one = record(
+        "rlrr", "cifar100", 42, 60.0, suite="vtab", backbone="vit_b16_in21k",
+        variant="ffn=False,layers=4,norm=False", config__method=point,
+        config__backbone={"name": "vit_b16_in21k"},
+        config__dataset={"name": "cifar100", "suite": "vtab", "title": "CIFAR-100"},
+    )  # fmt: skip
+    table = points.table("rlrr/fig2", [one])
+    shown = {
+        (line.key["variant"], column.title): line.entry(column).text
+        for line in table.lines
+        for column in table.columns
+        if line.entry(column).runs
+    }
+    assert shown == {("modules=mha", "layers=4"): "60.00"}
+    assert [row.what for row in table.missing][:2] == ["5 of 6 points", "6 of 6 points"]
+    assert table.missing[1].command == "python sweep.py experiment=rlrr/fig2 rows=[2]"
+    assert tabulate.find("rlrr/fig2") == ["rlrr/fig2"]
 
 
 def test_what_is_never_averaged_is_not_averaged_beside_a_paper_either():
@@ -420,10 +510,10 @@ def test_what_is_never_averaged_is_not_averaged_beside_a_paper_either():
 def test_our_peeking_rows_are_marked_and_do_not_compete():
     best = {"top1_last": 80.0, "top1_best": 99.0, "loss_last": 0.5}
     peek = vtab("linear", selection="best_on_test", metrics=best)
-    table = papers.published_table("rlrr/table2", peek + vtab("rlrr") + vtab("lora"))
+    table = papers.published_table("rlrr/table2", peek + vtab("full") + vtab("bitfit"))
     ours = line_of(table, "linear", "ours")
     assert ours.marks == "†" and not ours.entries["dtd"].rank
-    assert line_of(table, "rlrr", "ours").entries["dtd"].rank == 1
+    assert line_of(table, "full", "ours").entries["dtd"].rank == 1
     assert "| linear‡ | " in render.markdown(table) and "| ours† |" in render.markdown(table)
 
 
@@ -447,8 +537,8 @@ def test_formats_say_the_same(folder, tmp_path, capsys):
         tabulate.main(["rlrr/table2", "--records", str(folder), "--out", str(tmp_path / "t.doc")])
 
 
-def test_tables_need_neither_torch_nor_hydra():
-    code = "import sys, scripts.tabulate, scripts.diff; print({'torch', 'hydra'} & {*sys.modules})"
+def test_tables_need_no_torch():
+    code = "import sys, scripts.tabulate, scripts.diff; print({'torch', 'timm'} & {*sys.modules})"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
