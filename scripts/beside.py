@@ -8,29 +8,22 @@ from scripts.tables import DASH, Entry, Missing, score
 
 
 def cells_of(
-    name: str, row: experiments.Row, found: Iterable[dict], change: Mapping = MappingProxyType({})
+    name: str, row: experiments.Row, found: Iterable[dict], point: Mapping = MappingProxyType({})
 ) -> dict[str, runs.Cell]:
     """Our cells of one row of an experiment, by task. Raises ValueError as `runs.cell_of` does."""
     by_task: dict[str, list[dict]] = {}
     for record in found:
         place = f"{record['suite']}/{record['task']}"
         here = runs.tested(record) and place in experiments.sweep(name)["dataset"]
-        if here and belongs(record, row, change):
+        if here and belongs(record, row, point):
             by_task.setdefault(record["task"], []).append(record)
     return {task: runs.cell_of(records) for task, records in by_task.items()}
 
 
-def belongs(record: dict, row: experiments.Row, change: Mapping) -> bool:
-    """Whether a record is a run of a row, or what the row derives from such a run."""
-    derived = record["config"].get("derived") or {}
-    if {key: derived.get(key) for key in row.derive} != row.derive or bool(derived) != bool(
-        row.derive
-    ):
-        return False
-    method = record["config"]["method"]
-    wanted = {path.removeprefix("method."): value for path, value in change.items()}
-    source = record | {"variant": record["variant"].partition("experts=")[0].rstrip(",")}
-    return experiments.matches(source, row) and wanted.items() <= method.items()
+def belongs(record: dict, row: experiments.Row, point: Mapping) -> bool:
+    """Whether a record is a run of a row, at one of the points that it runs through."""
+    wanted = {path.removeprefix("method."): value for path, value in point.items()}
+    return experiments.matches(record, row) and wanted.items() <= record["config"]["method"].items()
 
 
 def missing(
