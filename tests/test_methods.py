@@ -180,8 +180,11 @@ def test_autocast_is_close(backbone, method, images):
 
 @pytest.mark.parametrize(("backbone", "method"), REFUSED)
 def test_what_does_not_apply_says_why(backbone, method):
-    with pytest.raises(ValueError, match=f"{method} does not apply to .* backbones: .{{10,}}"):
+    with pytest.raises(
+        ValueError, match=f"{method} does not apply to .* backbones: .{{10,}}"
+    ) as told:
         peft.create(backbone, method, num_classes=CLASSES)
+    assert "its yaml places tuners on" not in str(told.value), "a reason, not only the fact"
 
 
 @cells
