@@ -70,7 +70,8 @@ def rows_of(sweep: Mapping) -> list[Row]:
         known = {"recipe": sweep.get("recipe") or "", **given}
         if not (known["recipe"] or known.get("absent")):
             raise ValueError(f"{where} has neither a recipe nor a reason to be absent")
-        found.append(Row(number, **known))
+        both = [*(sweep.get("overrides") or []), *(known.pop("overrides", None) or [])]
+        found.append(Row(number, overrides=both, **known))
     return found
 
 
