@@ -321,7 +321,7 @@ def derived(cfg: DictConfig, machine: dict) -> float:
     records.write(
         folder / "adapter.safetensors", save({k: t.contiguous() for k, t in state.items()})
     )
-    records.write(folder / "record.json", record)
+    records.write(folder / "record.json", records.sealed(record))
     print(f"{told} of {', '.join(run.name for run in runs)}: {top1:.2f} %, in {folder}")
     return top1
 

@@ -209,9 +209,10 @@ def execute(cells: list[Cell], cfg: DictConfig, index: ledger.Index) -> dict[Pat
     execution = Execution(cells, cfg, index)
     if not (execution.todo or execution.held):
         return execution.reasons
-    inputs_are_here([cell for cell, _ in execution.todo])
+    from scripts import inputs
     from scripts.dispatch import open_engine
 
+    inputs.check(cell.cfg for cell in dict.fromkeys(cell for cell, _ in execution.todo))
     options = configuration.plain(cfg.engine) | {"device": cfg.device}
     engine = open_engine(**options)
     total = sum(cell.expected for cell in cells)
@@ -222,22 +223,6 @@ def execute(cells: list[Cell], cfg: DictConfig, index: ledger.Index) -> dict[Pat
         engine.close()
         index.save()
     return execution.reasons
-
-
-def inputs_are_here(cells: list[Cell]) -> None:
-    """Raises what a run would raise for a dataset or weights that are not here, before any does."""
-    seen = set()
-    for cell in cells:
-        cfg = cell.cfg
-        for split in {*cfg.protocol.tune.values(), *cfg.protocol.final.values()}:
-            if cfg.dataset.suite == "fake" or (cfg.dataset.name, split) in seen:
-                continue
-            seen.add((cfg.dataset.name, split))
-            configuration.instantiate(cfg.dataset.reader)(split=split, data_root=cfg.data_root)
-        source = cfg.backbone.weights
-        if cfg.weights is None and isinstance(source, DictConfig) and cfg.backbone.name not in seen:
-            seen.add(cfg.backbone.name)
-            configuration.instantiate(source)
 
 
 def state(cells: list[Cell]) -> dict[str, int]:

@@ -80,7 +80,7 @@ class Run:
         if not parallel.first():
             return headline(outcome)
         try:
-            records.write(self.folder / "record.json", outcome)
+            records.write(self.folder / "record.json", records.sealed(outcome))
         except OSError as error:
             return self.fail(error)
         for leftover in ("state.pt", "failure.json"):

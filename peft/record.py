@@ -251,6 +251,12 @@ def write(path: Path, content: Mapping | str | bytes | memoryview) -> None:
         raise problem from error
 
 
+def sealed(record: Mapping) -> dict:
+    """A record with the digest of all that it says, by which `read` knows one that was edited."""
+    text = json.dumps(json.loads(json.dumps(record)), sort_keys=True, separators=(",", ":"))
+    return {**record, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read(path: Path) -> dict:
     """A record. Raises ValueError naming the file for one that was cut off, edited, or lacks a
     field."""
@@ -261,6 +267,7 @@ def read(path: Path) -> dict:
             f"{path} is no record: {error}. It was cut off or edited; delete it and run that cell "
             "again"
         ) from error
+    seal = record.pop("seal", None) if isinstance(record, dict) else None
     missing = [field for field in FIELDS if not isinstance(record, dict) or field not in record]
     if missing:
         raise ValueError(
@@ -275,6 +282,10 @@ def read(path: Path) -> dict:
         raise ValueError(
             f"{path} was edited: its key is not that of its configuration; delete it and run that "
             "cell again"
+        )
+    if seal is not None and seal != sealed(record)["seal"]:
+        raise ValueError(
+            f"{path} was edited: it is not what its run wrote; delete it and run that cell again"
         )
     figures = (int, float)
     bad = [

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import queue
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -228,11 +229,38 @@ def slurm(
         job_script_prologue=list(prologue),
         log_directory=log_directory,
     )
+    try:
+        ask_slurm(cluster.job_script())
+    except OSError:
+        cluster.close(timeout=10)
+        raise
     client = Client(cluster)
     cluster.adapt(minimum_jobs=min_jobs, maximum_jobs=max_jobs)
     engine = Dask(client, cluster, environment={"OMP_NUM_THREADS": cores}, devices=[], resources={})
     engine.minimum, engine.gpu = max_jobs, any("gpu" in line for line in directives)
     return engine
+
+
+def ask_slurm(script: str, timeout: float = 60) -> None:
+    """Whether Slurm would take such a job: a controller that does not answer, or a queue that is
+    not there, would otherwise be waited for in vain. Raises OSError with what sbatch says."""
+    try:
+        told = subprocess.run(
+            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=timeout
+        )
+    except FileNotFoundError as error:
+        raise OSError(
+            "there is no sbatch here: start engine=slurm where Slurm's commands are, on a login "
+            "node for example, or run with engine=local"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"Slurm's controller gave no answer for {timeout:.0f} seconds") from error
+    if told.returncode:
+        said = " ".join(told.stderr.split())
+        raise OSError(
+            f"Slurm takes no such job: {said}. See engine.queue, account, walltime, cores, memory "
+            "and directives, and whether sinfo answers"
+        )
 
 
 def seconds_of(walltime: str) -> int:

@@ -146,6 +146,55 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, override, messa
     assert not (tmp_path / "runs").exists()
 
 
+def test_everything_that_is_not_here_is_said_before_anything_runs(tmp_path, monkeypatch):
+    def refused(*overrides: str) -> str:
+        with pytest.raises(FileNotFoundError) as told:
+            sweep.run(config(tmp_path, *overrides))
+        assert not (tmp_path / "runs").exists()
+        return str(told.value)
+
+    said = refused("sweep.dataset=[vtab/dtd,fake,vtab/svhn]")
+    assert said.count("vtab-1k/dtd with train800.txt") == 1, "once, not for every split and method"
+    assert "vtab-1k/svhn with" in said and "python -m scripts.doctor" in said
+    def offline(*_, **__):
+        raise OSError("no such host")
+
+    monkeypatch.setattr(sweep.configuration, "build", offline)
+    said = refused("sweep.backbone=[vit_b16_in21k]", "sweep.overrides=[]")
+    assert "weights=FILE, the original of https://storage.googleapis.com/vit_models" in said
+
+
+def test_a_record_that_was_edited_or_cut_off_is_refused_by_name(tmp_path):
+    choice = config(tmp_path, "sweep.method=[linear]", "sweep.seeds=[1]", "action=plan")
+    sweep.run(choice | {"action": "run"})
+    path = next(tmp_path.glob("runs/fake/fake/*-grid-*/record.json"))
+    text = path.read_text()
+    figure = f'"top1_val": {records.read(path)["metrics"]["top1_val"]}'
+    for damaged in (text.replace(figure, '"top1_val": 99.5'), text[:500]):
+        assert damaged != text
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"{path.parent.name}/record.json .*edited"):
+            sweep.run(choice)
+    path.write_text(text)
+    sweep.run(choice)
+
+
+def test_slurm_that_is_not_there_or_refuses_is_said_at_once(tmp_path, monkeypatch):
+    from scripts import dispatch
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match="there is no sbatch here"):
+        dispatch.ask_slurm("#!/bin/sh\n")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: gpu' >&2; exit 1\n")
+    sbatch.chmod(0o755)
+    with pytest.raises(OSError, match="takes no such job: .*invalid partition: gpu"):
+        dispatch.ask_slurm("#!/bin/sh\n")
+    sbatch.write_text("#!/bin/sh\nexec /bin/sleep 5\n")
+    with pytest.raises(OSError, match="no answer"):
+        dispatch.ask_slurm("#!/bin/sh\n", timeout=0.1)
+
+
 def test_a_key_of_the_runs_needs_no_quoting(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(sweep, "main", lambda: seen.extend(sweep.sys.argv[1:]))
