@@ -145,7 +145,7 @@ def local(*, device: str, workers: int | None, threads: int, host: str, **_: obj
         threads_per_worker=1,
         processes=True,
         host=host,
-        dashboard_address=None,
+        dashboard_address=f"{host}:0",  # else port 8787, with a warning where another has it
         worker_dashboard_address=f"{host}:0",
         memory_limit=0,
         silence_logs=logging.CRITICAL,

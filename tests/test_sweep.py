@@ -156,6 +156,7 @@ def test_everything_that_is_not_here_is_said_before_anything_runs(tmp_path, monk
     said = refused("sweep.dataset=[vtab/dtd,fake,vtab/svhn]")
     assert said.count("vtab-1k/dtd with train800.txt") == 1, "once, not for every split and method"
     assert "vtab-1k/svhn with" in said and "python -m scripts.doctor" in said
+
     def offline(*_, **__):
         raise OSError("no such host")
 
@@ -165,8 +166,9 @@ def test_everything_that_is_not_here_is_said_before_anything_runs(tmp_path, monk
 
 
 def test_a_record_that_was_edited_or_cut_off_is_refused_by_name(tmp_path):
-    choice = config(tmp_path, "sweep.method=[linear]", "sweep.seeds=[1]", "action=plan")
-    sweep.run(choice | {"action": "run"})
+    own = ["sweep.method=[linear]", "sweep.seeds=[1]"]
+    sweep.run(config(tmp_path, *own))
+    choice = config(tmp_path, *own, "action=plan")
     path = next(tmp_path.glob("runs/fake/fake/*-grid-*/record.json"))
     text = path.read_text()
     figure = f'"top1_val": {records.read(path)["metrics"]["top1_val"]}'
@@ -188,7 +190,7 @@ def test_slurm_that_is_not_there_or_refuses_is_said_at_once(tmp_path, monkeypatc
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: gpu' >&2; exit 1\n")
     sbatch.chmod(0o755)
-    with pytest.raises(OSError, match="takes no such job: .*invalid partition: gpu"):
+    with pytest.raises(OSError, match=r"takes no such job: .*invalid partition: gpu"):
         dispatch.ask_slurm("#!/bin/sh\n")
     sbatch.write_text("#!/bin/sh\nexec /bin/sleep 5\n")
     with pytest.raises(OSError, match="no answer"):
