@@ -71,7 +71,7 @@ class Index:
 
 def failure(folder: Path) -> dict | None:
     """Why a run failed: its `reason`, and whether it `diverged` (a loss that is no number); None
-    where it did not."""
+    where it did not, or where the disk was full: then the same command tries it again."""
     try:
         found = json.loads((folder / "failure.json").read_text())
     except OSError:
@@ -79,6 +79,8 @@ def failure(folder: Path) -> dict | None:
     except ValueError:
         return {"reason": "its failure.json was cut off", "diverged": False}
     last = (found.get("traceback") or "").strip().rpartition("\n")[2]
+    if last.startswith("OSError: the disk of "):  # as `records.write` says it
+        return None
     return {
         "reason": found.get("reason", "no reason given"),
         "diverged": last.startswith("FloatingPointError"),

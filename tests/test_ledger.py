@@ -1,5 +1,6 @@
 """Claims and the index: who is at a run, across processes, machines and clocks."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
 from peft import ledger
+from peft import record as records
 from peft.ledger import Held, Index, Watch, claim_of, hold
 
 ROOT = Path(__file__).parent.parent
@@ -149,3 +152,16 @@ def test_a_failure_tells_whether_it_diverged(tmp_path):
     assert said(json.dumps({"reason": "r", "traceback": trace}))["diverged"]
     assert not said(json.dumps({"reason": "r", "traceback": "ValueError: no"}))["diverged"]
     assert "cut off" in said('{"rea')["reason"]
+
+
+def test_a_run_whose_disk_was_full_is_tried_again(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="make room") as told:
+        records.write(tmp_path / "state.pt", b"x")
+    trace = "".join(traceback.format_exception(told.value))
+    content = {"reason": str(told.value), "traceback": trace}
+    (tmp_path / "failure.json").write_text(json.dumps(content))
+    assert ledger.failure(tmp_path) is None
