@@ -140,17 +140,23 @@ def local(*, device: str, workers: int | None, threads: int, host: str, **_: obj
     devices = gpus(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = workers or len(devices) or max(1, cores // threads)
-    cluster = LocalCluster(
-        n_workers=count,
-        threads_per_worker=1,
-        processes=True,
-        host=host,
-        dashboard_address=f"{host}:0",  # else port 8787, with a warning where another has it
-        worker_dashboard_address=f"{host}:0",
-        memory_limit=0,
-        silence_logs=logging.CRITICAL,
-        local_directory=None,
-    )
+    for left in (2, 1, 0):
+        try:
+            cluster = LocalCluster(
+                n_workers=count,
+                threads_per_worker=1,
+                processes=True,
+                host=host,
+                dashboard_address=f"{host}:0",  # not 8787, which others may have
+                worker_dashboard_address=f"{host}:0",
+                memory_limit=0,
+                silence_logs=logging.CRITICAL,
+                local_directory=None,
+            )
+            break
+        except RuntimeError:  # a worker was killed while it started
+            if not left:
+                raise
     environment = {} if devices else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     engine = Dask(Client(cluster), cluster, environment=environment, devices=devices, resources={})
     engine.minimum, engine.gpu = count, bool(devices)
