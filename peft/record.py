@@ -283,10 +283,6 @@ def read(path: Path) -> dict:
             f"{path} was edited: its key is not that of its configuration; delete it and run that "
             "cell again"
         )
-    if seal is not None and seal != sealed(record)["seal"]:
-        raise ValueError(
-            f"{path} was edited: it is not what its run wrote; delete it and run that cell again"
-        )
     figures = (int, float)
     bad = [
         name
@@ -296,6 +292,10 @@ def read(path: Path) -> dict:
     if bad:
         raise ValueError(
             f"{path} holds {', '.join(bad)} that are no numbers; delete it and run that cell again"
+        )
+    if seal is not None and seal != sealed(record)["seal"]:
+        raise ValueError(
+            f"{path} was edited: it is not what its run wrote; delete it and run that cell again"
         )
     return record
 
