@@ -15,7 +15,7 @@ rounds. What `cost` says is counted, and the same on every machine.
 def machine(result: dict) -> str:
     """What something was measured on, shortly."""
     on = result["hardware"]
-    return on["device"] if on["device"] != "cpu" else f"{on['cores']} CPU cores"
+    return on["device"] if on["device"] != "cpu" else f"{on['threads']} of {on['cores']} CPU cores"
 
 
 def shown(cell: object) -> str:
