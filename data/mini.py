@@ -1,12 +1,12 @@
 """The mini suite: four tasks shaped like VTAB-1k (train800, val200, test) that need no download.
 
-digits                scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 10 classes.
+digits                scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 10 classes
 textures              from which of 14 pictures of scikit-image is this 32 x 32 patch? The splits
-are cut from disjoint
-                      areas: the left 55 % of each picture, a strip of 15 %, and the right 30 %.
+                      are cut from disjoint areas: the left 55 % of each picture, a strip of 15 %,
+                      and the right 30 %
 dsprites_location     rendered sprites, "dSprites-like": the archive itself is not read. Rows and
-labels are VTAB-1k's dsprites_orientation  (train800, val200, and the first 2,000 rows of its test
-split, all in hash order).
+dsprites_orientation  labels are VTAB-1k's (train800, val200, and the first 2,000 rows of its test
+                      split, all in hash order)
 
 train800val200 is train800 followed by val200; for this suite that order is our own choice.
 """

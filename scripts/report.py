@@ -77,7 +77,8 @@ def _head(found: Sequence[dict], theirs: dict[str, Table]) -> str:
         methods = len({record["method"] for record in ours})
         tasks = len({(record["suite"], record["task"]) for record in ours})
         have = (
-            f"Tested runs of our own: {len(ours)}, of {methods} methods on {tasks} tasks. Of "
+            f"Tested runs of our own: {len(ours)}, of {methods} methods on {tasks} "
+            f"{'task' if tasks == 1 else 'tasks'}. Of "
             f"{len(theirs)} published tables, {len(beside)} have figures of ours beside them."
         )
     links = ['<b>Ours</b><a href="#ours">Our runs</a><a href="#errata">Errata</a>']
