@@ -222,6 +222,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
                     "precision": cfg.precision if autocast._enabled else "fp32",
                     "pack": len(runs),
                     "processes": parallel.world(),
+                    "threads": torch.get_num_threads(),
                 },
             )
         )

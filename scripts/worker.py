@@ -49,8 +49,10 @@ def feeder() -> Callable[[dict], dict]:
             if child is not None:
                 child.stdin.close()  # it ends by itself, and frees its device
                 child.wait(job["grace"])
+                child.stdout.close()
             environment = dict(os.environ, PYTHONPATH=job["root"], PYTHONUNBUFFERED="1")
-            environment |= {key: str(value) for key, value in job["environment"].items()}
+            environment |= job["environment"]
+            environment = {k: str(v) for k, v in environment.items() if v is not None}
             if job["devices"]:
                 device = job["devices"][int(worker.name) % len(job["devices"])]
                 environment["CUDA_VISIBLE_DEVICES"] = device

@@ -1,7 +1,10 @@
 """A whole sweep on made-up images: tuned on validation, tested once, never repeated."""
 
 import json
+import sys
+import types
 
+import dask
 import pytest
 
 import sweep
@@ -195,6 +198,32 @@ def test_slurm_that_is_not_there_or_refuses_is_said_at_once(tmp_path, monkeypatc
     sbatch.write_text("#!/bin/sh\nexec /bin/sleep 5\n")
     with pytest.raises(OSError, match="no answer"):
         dispatch.ask_slurm("#!/bin/sh\n", timeout=0.1)
+
+
+def test_a_runs_process_does_not_inherit_what_dask_sets_for_its_workers(tmp_path, monkeypatch):
+    import distributed
+
+    from scripts import dispatch, worker
+
+    told = tmp_path / "python"
+    told.write_text(
+        f"#!{sys.executable}\nimport json, os\ninput()\nprint(json.dumps(dict(os.environ)))\n"
+    )
+    told.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(told))
+    dasks = types.SimpleNamespace(name="0")
+    monkeypatch.setattr(distributed, "get_worker", lambda: dasks)
+    for name, value in dask.config.get("distributed.nanny.pre-spawn-environ").items():
+        monkeypatch.setenv(name, str(value))
+
+    job = {"root": str(tmp_path), "devices": [], "grace": 5}
+    seen = worker.feeder()(job | {"cell": "a", "environment": dispatch.child_environment(3)})
+    assert seen["OMP_NUM_THREADS"] == seen["MKL_NUM_THREADS"] == "3"
+    assert "MALLOC_TRIM_THRESHOLD_" not in seen
+    seen = worker.feeder()(job | {"cell": "b", "environment": dispatch.child_environment(None)})
+    assert seen["OMP_NUM_THREADS"] == "1" and "MALLOC_TRIM_THRESHOLD_" not in seen
+    for child in dasks.children_of_sweeps.values():
+        child.communicate()
 
 
 def test_a_key_of_the_runs_needs_no_quoting(tmp_path, monkeypatch):
