@@ -146,18 +146,20 @@ def read(
         if len(images) != splits[split]:
             raise ValueError(f"{task}: the store has {len(images)} images in its split '{split}'.")
         return images
-    folder = find(root, task)
     if source == "auto":
+        folder = find(root, task)
         source = "json" if (folder / "train.json").exists() else "official"
+    elif source in ("json", "official"):
+        folder = find(root, task, "train.json" if source == "json" else SETS[task].proof)
+    else:
+        raise ValueError(f"FGVC has no source '{source}'; there are auto, json, official, store.")
     if source == "json":
         listing = read_json(folder, SETS[task].images)
-    elif source == "official":
+    else:
         with naming(folder):
             listing = SETS[task].official(folder)
         if "val" not in listing:
             listing["train"], listing["val"] = own_split(listing["train"])
-    else:
-        raise ValueError(f"FGVC has no source '{source}'; there are auto, json, official, store.")
     number = class_numbers(task, listing, num_classes)
     parts = []
     for part in ("train", "val") if split == "train+val" else (split,):
@@ -176,13 +178,24 @@ def read(
 
 def find(data_root: Path, task: str, proof: str | None = None) -> Path:
     """The set's folder under any of its names, in data_root/fgvc or data_root: where `proof` is
-    there, or (None) VPT's json files or the official archive.
+    there, or (None) VPT's json files, or else the official archive.
+
+    Raises ValueError if several folders hold the same layout: they need not have the same splits.
     """
-    for root in (data_root / "fgvc", data_root):
-        for name in SETS[task].folders:
-            for file in ("train.json", SETS[task].proof) if proof is None else (proof,):
-                if (root / name / file).exists():
-                    return root / name
+    names = [root / name for root in (data_root / "fgvc", data_root) for name in SETS[task].folders]
+    for file in ("train.json", SETS[task].proof) if proof is None else (proof,):
+        found: list[Path] = []
+        for folder in names:  # CUB and cub are one folder where the disk ignores case
+            if (folder / file).exists() and not any(folder.samefile(other) for other in found):
+                found.append(folder)
+        if len(found) > 1:
+            both = " and ".join(map(str, found))
+            raise ValueError(
+                f"{task}: {both} both hold {'it' if file == '.' else file}. Move away the one that "
+                "is not meant, or name another data_root."
+            )
+        if found:
+            return found[0]
     raise FileNotFoundError(
         f"{task}: not found; expected {data_root / 'fgvc' / SETS[task].folders[0]} with the "
         f"original archive ({SETS[task].origin}) and, if you have them, VPT's three json files."

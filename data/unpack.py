@@ -1,5 +1,6 @@
 """Unpacks a downloaded archive without trusting it."""
 
+import errno
 import gzip
 import lzma
 import shutil
@@ -38,6 +39,14 @@ def unpack(archive: Path, folder: Path, progress: Callable[[Iterable], Iterable]
     except RuntimeError as error:  # what zipfile says of passwords and of foreign compression
         raise ValueError(
             f"{archive} cannot be unpacked here ({error}). Unpack it with another program."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{folder}: the disk became full while {archive.name} was unpacked. Nothing is kept of "
+            "it: make room and run the same command again",
         ) from error
     finally:
         shutil.rmtree(half, ignore_errors=True)

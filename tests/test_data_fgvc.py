@@ -261,6 +261,34 @@ def test_bad_json_layouts(tmp_path):
         read(tmp_path, "val200")
 
 
+def test_mixed_layouts(tmp_path):
+    """The archive and VPT's files side by side, in one folder or two; both archives of Cars."""
+    both, alone = tmp_path / "one/CUB_200_2011", tmp_path / "two"
+    vpt(both)
+    birds(both, sparse=False)
+    images = read(tmp_path / "one", "train")
+    assert images.manifest.source == "json"
+    assert read(tmp_path / "one", "test", source="official").manifest.source == "official"
+
+    birds(alone / "CUB_200_2011", sparse=False)
+    assert read(alone, "test").manifest.source == "official"
+    vpt(alone / "fgvc/CUB")  # VPT's name, beside the archive's own
+    assert read(alone, "test").manifest.source == "json"
+    assert read(alone, "test", source="official").manifest.source == "official"
+    vpt(alone / "cub")
+    with pytest.raises(ValueError, match=r"fgvc/CUB and .*/cub both hold train.json\. Move away"):
+        read(alone, "test")
+
+    cars(tmp_path / "StanfordCars", combined=False)
+    cars(tmp_path / "StanfordCars", combined=True)
+    names = read(tmp_path, "train+val", task="stanford_cars").manifest.ids
+    assert all(name.startswith("car_ims/") for name in names)
+
+    (both / "val.json").unlink()  # half a layout is not quietly replaced by another
+    with pytest.raises(FileNotFoundError, match=r"val.json is not there"):
+        read(tmp_path / "one", "train")
+
+
 @pytest.mark.parametrize("task", fgvc.SETS)
 def test_absent_sets_say_where_they_belong(task, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"fgvc/{fgvc.SETS[task].folders[0]} with the"):

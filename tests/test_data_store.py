@@ -334,6 +334,25 @@ def test_unpack(suffix, tmp_path):
         unpack(tmp_path / "gone.zip", folder)
 
 
+def test_a_disk_that_fills_while_an_archive_is_unpacked(tmp_path, monkeypatch):
+    path, folder = tmp_path / "x.zip", tmp_path / "out"
+    archive(path, {"a/1": b"1", "a/2": b"2"})
+    extract = zipfile.ZipFile.extract
+
+    def full(self, member, target):
+        if member.filename == "a/2":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return extract(self, member, target)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
+    with pytest.raises(OSError, match=r"out: the disk became full while x.zip was unpacked"):
+        unpack(path, folder)
+    assert list(folder.iterdir()) == []
+    monkeypatch.undo()
+    unpack(path, folder)
+    assert (folder / "a/2").read_bytes() == b"2"
+
+
 def test_unpack_takes_the_tar_of_a_folder(tmp_path):
     """`tar czf x.tar.gz .` begins with the member "./"."""
     (tmp_path / "in/dtd").mkdir(parents=True)
