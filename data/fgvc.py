@@ -160,6 +160,7 @@ def read(
             listing = SETS[task].official(folder)
         if "val" not in listing:
             listing["train"], listing["val"] = own_split(listing["train"])
+            source = "official-own"
     number = class_numbers(task, listing, num_classes)
     parts = []
     for part in ("train", "val") if split == "train+val" else (split,):

@@ -34,7 +34,8 @@ class Manifest:
 
     ids: unique names, one per image, in the order of the split.
     labels: int64 (N,), 0-based, below `num_classes`.
-    source: who delivered the images ("mini", "folder", "raw", "tfds", "store", "fake").
+    source: who delivered the images ("mini", "folder", "raw", "tfds", "json", "official", "fake");
+        with "-own" where the published split cannot be rebuilt and ours stands in for it.
     pixels: what happened to them on the way ("native", "png", "jpeg75", "rendered").
     Raises ValueError for labels out of range, repeated ids, or lists of unequal length.
     """

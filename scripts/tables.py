@@ -246,6 +246,8 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         if untuned:
             fixed = runs.listed(untuned)
             found.append(f"Fixed learning rate and weight decay, not tuned: {fixed}.")
+    if own := {c.record["task"] for c in cells if "-own" in c.record["provenance"]["source"]}:
+        found.append(f"Own split, where the published one cannot be rebuilt: {runs.listed(own)}.")
     backbones = {(c.record["backbone"], c.record["provenance"]["weights"]) for c in cells}
     found.append("Backbone: " + runs.listed(f"{name} ({file})" for name, file in backbones) + ".")
     return found

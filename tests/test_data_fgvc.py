@@ -134,7 +134,7 @@ def test_official_archives(case, tmp_path):
     for split, count in SMALL.items():
         images = read(tmp_path, split, task)
         assert len(images) == count
-        assert images.manifest.source == "official"
+        assert images.manifest.source == "official-own"
         for i, name in enumerate(images.manifest.ids):
             label, level = expected[name]
             assert images.manifest.labels[i] == label
@@ -268,13 +268,13 @@ def test_mixed_layouts(tmp_path):
     birds(both, sparse=False)
     images = read(tmp_path / "one", "train")
     assert images.manifest.source == "json"
-    assert read(tmp_path / "one", "test", source="official").manifest.source == "official"
+    assert read(tmp_path / "one", "test", source="official").manifest.source == "official-own"
 
     birds(alone / "CUB_200_2011", sparse=False)
-    assert read(alone, "test").manifest.source == "official"
+    assert read(alone, "test").manifest.source == "official-own"
     vpt(alone / "fgvc/CUB")  # VPT's name, beside the archive's own
     assert read(alone, "test").manifest.source == "json"
-    assert read(alone, "test", source="official").manifest.source == "official"
+    assert read(alone, "test", source="official").manifest.source == "official-own"
     vpt(alone / "cub")
     with pytest.raises(ValueError, match=r"fgvc/CUB and .*/cub both hold train.json\. Move away"):
         read(alone, "test")

@@ -59,6 +59,7 @@ def record(method="rlrr", task="digits", seed=42, top1=70.0, group="natural", **
             "weights": "vit.npz",
             "weights_sha256": "a",
             "data_sha256": {"test": "b"},
+            "source": "raw",
             "pixels": "native",
             "kernel": "bicubic",
             "mean": [0.5] * 3,
@@ -151,6 +152,13 @@ def test_peeking_rows_are_marked_and_do_not_compete():
     assert "**" not in line  # not best although highest
     alone = markdown([marked, marked | {"method": "b", "key": "0"}])
     assert "**90.0**" in alone  # among its likes it may be
+
+
+def test_tasks_whose_split_is_our_own_are_named():
+    assert "Own split" not in markdown(suite())
+    ours = record("lora", "caltech101", provenance__source="raw-own")
+    text = markdown([record("lora", "dtd"), ours])
+    assert "Own split, where the published one cannot be rebuilt: caltech101." in text
 
 
 def test_best_and_second_are_marked():
