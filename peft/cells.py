@@ -41,7 +41,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.key = records.key_of(self.portable)
-        self.folder = records.folder_of(self.portable, self.config["runs_dir"])
+        self.folder = records.folder_of(self.portable, self.config["runs_dir"], self.key)
 
     def look(self, index: ledger.Index) -> "Run":
         """Asks the disk again."""

@@ -170,7 +170,7 @@ def hyperparameters(method: Mapping) -> dict:
 def identity(config: Mapping) -> dict:
     """What a run is, from its portable configuration."""
     kept = {
-        key: copy.deepcopy(config[key])  # keys are taken out of it below
+        key: config[key]
         for key in (
             "phase",
             "seed",
@@ -190,13 +190,16 @@ def identity(config: Mapping) -> dict:
     kept["protocol"] = {key: value for key, value in config["protocol"].items() if key != "seeds"}
     kept["derived"] = config.get("derived")
     for path, default in ADDED_LATER.items():
-        node, _, leaf = path.rpartition(".")
-        holder = kept
-        for part in filter(None, node.split(".")):
-            holder = holder.get(part, {})
-        if holder.get(leaf, default) == default:
-            holder.pop(leaf, None)
+        kept = _without(kept, path.split("."), default)
     return kept
+
+
+def _without(node: Mapping, path: list[str], default: object) -> Mapping:
+    """`node` without what is at `path`, where that is the default; `node` itself stays as it is."""
+    head, *rest = path
+    if not rest:
+        return {k: v for k, v in node.items() if k != head or v != default}
+    return {**node, head: _without(node[head], rest, default)} if head in node else node
 
 
 def derived(sources: list[Mapping], change: Mapping) -> dict:
@@ -216,10 +219,10 @@ def key_of(config: Mapping) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def folder_of(config: Mapping, runs_dir: str | Path) -> Path:
-    """Where a run leaves its files: no `=` and no `,`, which Hydra's command line would trip
-    over."""
-    dataset, key = config["dataset"], key_of(config)
+def folder_of(config: Mapping, runs_dir: str | Path, key: str | None = None) -> Path:
+    """Where a run leaves its files: no `=` and no `,`, which Hydra's command line would trip over.
+    `key` is the run's own, where it is known already."""
+    dataset, key = config["dataset"], key or key_of(config)
     names = config["method"]["name"], config["backbone"]["name"], config["phase"]
     run = "-".join([*names, f"s{config['seed']}", key[:8]])
     return Path(runs_dir) / dataset["suite"] / dataset["name"] / run
