@@ -184,22 +184,24 @@ class Derived(Cell):
 
 def substituted(config: dict, values: Mapping) -> dict:
     """A copy with the values at dotted paths replaced; what is not on a path is shared."""
-    copy = dict(config)
+    changed = dict(config)
     for path, value in values.items():
         *parents, leaf = path.split(".")
-        node = copy
+        node = changed
         for part in parents:
-            _known(isinstance(node.get(part), dict), path)
-            node[part] = dict(node[part])
+            _known(path, part, node)
+            node[part] = copy.copy(node[part])
             node = node[part]
-        _known(leaf in node, path)
+        _known(path, leaf, node)
         node[leaf] = value
-    return copy
+    return changed
 
 
-def _known(there: bool, path: str) -> None:
-    if not there:
-        raise ValueError(f"the grid varies {path!r}, which is no key of a run")
+def _known(path: str, key: str, node: object) -> None:
+    keys = sorted(map(str, node)) if isinstance(node, Mapping) else []
+    if key not in keys:
+        near = configuration.near(key, keys) if keys else f"nothing lies above {key!r}"
+        raise ValueError(f"the grid varies {path!r}, which is no key of a run; {near}")
 
 
 def product(axes: Mapping | list | None) -> list[dict]:
@@ -270,7 +272,10 @@ def varied_by(cfg: DictConfig, changes: Mapping) -> DictConfig:
         return cfg
     cfg = copy.deepcopy(cfg)
     for path, value in changes.items():
-        _known(OmegaConf.select(cfg, path, default=KeyError) is not KeyError, path)
+        node = cfg
+        for part in path.split("."):
+            _known(path, part, node)
+            node = node[part]
         OmegaConf.update(cfg, path, value, merge=False)
     return cfg
 

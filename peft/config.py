@@ -190,7 +190,8 @@ def build(
     image_size: int | None = None,
     **kwargs,
 ) -> "nn.Module":
-    """The model of a backbone node and a method node, tuners attached."""
+    """The model of a backbone node and a method node, tuners attached. Raises FileNotFoundError
+    where the weights of a hub cannot be had."""
     from peft.backbone import build_backbone  # here: listing configurations needs no torch
     from peft.core import attach
 
@@ -203,16 +204,25 @@ def build(
             if isinstance(backbone.weights, DictConfig)
             else backbone.weights
         )
-    model = build_backbone(
-        instantiate(backbone.model, _convert_="all"),
-        {site: pattern for site, pattern in plain(backbone.sites).items() if pattern},
-        num_classes=num_classes,
-        pretrained=pretrained,
-        weights=source,
-        image_size=image_size or backbone.image_size,
-        **{key: plain(backbone[key]) for key in BUILDING if key in backbone},
-        **kwargs,
-    )
+    try:
+        model = build_backbone(
+            instantiate(backbone.model, _convert_="all"),
+            {site: pattern for site, pattern in plain(backbone.sites).items() if pattern},
+            num_classes=num_classes,
+            pretrained=pretrained,
+            weights=source,
+            image_size=image_size or backbone.image_size,
+            **{key: plain(backbone[key]) for key in BUILDING if key in backbone},
+            **kwargs,
+        )
+    except OSError as error:
+        if not pretrained or source is not None:
+            raise
+        original = f", the original of {backbone.original}" if backbone.get("original") else ""
+        raise FileNotFoundError(
+            f"{backbone.name}: its weights are neither in the hub's cache nor to be had "
+            f"({type(error).__name__}); give weights=FILE{original}"
+        ) from error
     return attach(model, placements, plain(method.trainable))
 
 

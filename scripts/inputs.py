@@ -49,12 +49,4 @@ def weights(cfg: DictConfig) -> None:
         configuration.instantiate(own)
     elif own is None and cfg.backbone.get("pretrained", True):
         classes, size = cfg.dataset.num_classes, cfg.image_size
-        try:
-            configuration.build(cfg.backbone, cfg.method, num_classes=classes, image_size=size)
-        except (OSError, RuntimeError) as error:
-            original = cfg.backbone.get("original")
-            raise FileNotFoundError(
-                f"{cfg.backbone.name}: its weights are neither in the hub's cache nor to be had "
-                f"({type(error).__name__}); give weights=FILE"
-                + (f", the original of {original}" if original else "")
-            ) from error
+        configuration.build(cfg.backbone, cfg.method, num_classes=classes, image_size=size)

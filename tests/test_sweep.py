@@ -6,6 +6,7 @@ import types
 
 import dask
 import pytest
+import timm
 
 import sweep
 import train
@@ -139,7 +140,8 @@ def test_a_point_that_diverges_loses_and_the_cell_goes_on(tmp_path, capsys):
         ("sweep.method=[]", "nothing to run: method is empty"),
         ("+sweep.grids={}", "unknown key grids"),
         ("sweep.method=[lora,lorra]", "no method 'lorra'; did you mean lora"),
-        ("+sweep.grid={optim.lrr:[1]}", "'optim.lrr', which is no key of a run"),
+        ("+sweep.grid={optim.lrr:[1]}", "'optim.lrr', which is no key of a run; did you mean lr?"),
+        ("+sweep.grid={metod.rank:[1]}", "'metod.rank', .* did you mean method"),
         ("action=go", "no action 'go'; there is: plan, run"),
     ],
 )
@@ -163,8 +165,8 @@ def test_everything_that_is_not_here_is_said_before_anything_runs(tmp_path, monk
     def offline(*_, **__):
         raise OSError("no such host")
 
-    monkeypatch.setattr(sweep.configuration, "build", offline)
-    said = refused("sweep.backbone=[vit_b16_in21k]", "sweep.overrides=[]")
+    monkeypatch.setattr(timm, "create_model", offline)
+    said = refused("sweep.backbone=[vit_b16_in21k]", "sweep.overrides=['image_size=224']")
     assert "weights=FILE, the original of https://storage.googleapis.com/vit_models" in said
 
 
