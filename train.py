@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 import data
 import peft
@@ -31,10 +30,10 @@ from peft import config as configuration
 from peft import parallel
 from peft import record as records
 from peft.checkpoint import History, Stop, resume, save_state
-from peft.member import Run
+from peft.member import Run, weights_name
 from peft.memory import checkpointed, fastest_pack, out_of_memory, peak_memory, with_advice
 from peft.optimiser import check, learning_rate, length, make_optimizer, spared
-from peft.pack import Pack, Unstackable, numbers_of, why_not
+from peft.pack import Pack, Unstackable, entropies, numbers_of, why_not
 from peft.watch import Progress, describe, mirror, write_log
 
 
@@ -229,16 +228,6 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     return results
 
 
-def weights_name(cfg: DictConfig) -> str:
-    if cfg.weights:
-        return Path(cfg.weights).name
-    return (
-        cfg.backbone.model.get("model_name", cfg.backbone.name)
-        if cfg.backbone.get("pretrained", True)
-        else "random"
-    )
-
-
 def fit(
     pack: Pack,
     batches: data.Loader,
@@ -356,16 +345,6 @@ def fit(
             pause()
     history.seconds = time.monotonic() - started
     return history
-
-
-def entropies(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Cross entropy of each member, (K,), from (K, B, classes) and labels (B,) or probabilities
-    (B, classes)."""
-    repeated = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), repeated, label_smoothing=smoothing, reduction="none"
-    )
-    return losses.view(len(logits), -1).mean(1)
 
 
 main = configuration.entry("train")(run)

@@ -4,6 +4,7 @@ import shutil
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -90,6 +91,17 @@ class Run:
             f"({outcome['selection']}), in {self.folder}"
         )
         return headline(outcome)
+
+
+def weights_name(cfg: DictConfig) -> str:
+    """What a record calls the weights of its backbone."""
+    if cfg.weights:
+        return Path(cfg.weights).name
+    return (
+        cfg.backbone.model.get("model_name", cfg.backbone.name)
+        if cfg.backbone.get("pretrained", True)
+        else "random"
+    )
 
 
 def headline(record: Mapping) -> float:

@@ -330,3 +330,13 @@ class _Fold(torch.autograd.Function):
 
         folded = [fold(x, dim) for x, dim in zip(tensors, dims[1:], strict=True)]
         return call(*folded).unflatten(0, (info.batch_size, -1)), 0
+
+
+def entropies(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of each member, (K,), from (K, B, classes) and labels (B,) or probabilities
+    (B, classes)."""
+    repeated = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), repeated, label_smoothing=smoothing, reduction="none"
+    )
+    return losses.view(len(logits), -1).mean(1)
