@@ -223,13 +223,17 @@ def check(sweep: Mapping) -> None:
             f"sweep {sweep.get('name')} has the unknown key "
             f"{', '.join(sorted(set(sweep) - KEYS))}; there is: {', '.join(sorted(KEYS))}"
         )
-    axes = {"dataset": sweep["dataset"]}
+    axes = [("dataset", sweep["dataset"])]
     if not sweep.get("rows"):
-        axes |= {"backbone": sweep["backbone"], "method": sweep["method"]}
-    for part in ("grid", "variants"):
-        if isinstance(sweep.get(part), Mapping):
-            axes |= sweep[part]
-    for key, axis in axes.items():
+        axes += [("backbone", sweep["backbone"]), ("method", sweep["method"])]
+    if isinstance(sweep.get("variants"), Mapping):
+        axes += sweep["variants"].items()
+    grid = sweep.get("grid") or {}
+    if isinstance(grid, Mapping):
+        axes += grid.items()
+    else:  # in a part of several, what is no list is the only value of its axis
+        axes += [(k, v if isinstance(v, list) else [v]) for part in grid for k, v in part.items()]
+    for key, axis in axes:
         if not axis:
             raise ValueError(f"sweep {sweep['name']} has nothing to run: {key} is empty")
         if not isinstance(axis, list):

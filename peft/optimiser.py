@@ -18,20 +18,23 @@ def length(optim: Mapping, per_epoch: int) -> int:
 
 def learning_rate(step: int, per_epoch: int, optim: Mapping) -> float:
     """Linear warm-up from 0, then a cosine to `min_lr` at the last step; a pure function of the
-    step.
+    step. With `lr_base_size`, `lr` is meant for a batch of that size and grows with the batch
+    (Goyal et al., arXiv:1706.02677).
 
     With `restart_epochs` the cosine starts again after so many epochs from the warm-up's end on,
     each time `restart_factor` times as long (SGDR, arXiv:1608.03983).
     """
     total, warmup = length(optim, per_epoch), optim["warmup_epochs"] * per_epoch
+    low, high = optim["min_lr"], optim["lr"]
+    if optim["lr_base_size"]:
+        high *= optim["batch_size"] / optim["lr_base_size"]
     if step < warmup:
-        return optim["lr"] * (step + 1) / (warmup + 1)
+        return high * (step + 1) / (warmup + 1)
     position, period = step - warmup, max(1, total - warmup)
     if optim["restart_epochs"]:
         period = optim["restart_epochs"] * per_epoch
         while position >= period:
             position, period = position - period, period * optim["restart_factor"]
-    low, high = optim["min_lr"], optim["lr"]
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * (position / period)))
 
 
@@ -68,6 +71,7 @@ def check(optim: Mapping) -> None:
     for key, fits, means in (
         ("epochs", lambda v: v >= 1, "1 or more"),
         ("steps", lambda v: v is None or v >= 1, "null or 1 and more"),
+        ("lr_base_size", lambda v: v is None or v > 0, "null or more than 0, such as 256"),
         ("warmup_epochs", lambda v: v >= 0, "0 or more"),
         ("restart_epochs", lambda v: v is None or v > 0, "null or more than 0"),
         ("restart_factor", lambda v: v >= 1, "1 or more"),

@@ -24,6 +24,7 @@ from pathlib import Path
 # still found.
 ADDED_LATER: dict[str, object] = {
     "optim.steps": None,
+    "optim.lr_base_size": None,
     "optim.restart_epochs": None,
     "optim.restart_factor": 1,
     "optim.mixup": 0.0,

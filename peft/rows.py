@@ -93,6 +93,11 @@ def recipe(name: str) -> dict:
     return {"overrides": [], "grid": {}, "seeds": None, "tasks": {}, **found}
 
 
+def axes(grid: Mapping | list) -> set[str]:
+    """The paths that a grid varies, of all its parts where it has several."""
+    return {path for part in (grid if isinstance(grid, list) else [grid]) for path in part}
+
+
 def values(overrides: list[str]) -> dict[str, object]:
     """Overrides of the command line as {path: value}, without those that choose from a group."""
     pairs = [text.lstrip("+").partition("=") for text in overrides]
@@ -129,7 +134,7 @@ def matches(record: Mapping, row: Row) -> bool:
     expected = values(said["overrides"]) | said["tasks"].get(record["task"], {})
     expected |= values(row.overrides)
     own = {path.partition(".")[2]: v for path, v in expected.items() if path.startswith("method.")}
-    free = {path.partition(".")[2] for path in {**said["grid"], **row.variants}} | set(own)
+    free = {path.partition(".")[2] for path in {*axes(said["grid"]), *row.variants}} | set(own)
     free |= set(row.derive)  # what is derived says so in its variant
     changed = set(re.findall(r"(?:^|,)(\w+)=", record["variant"]))
     method = record["config"]["method"]

@@ -24,7 +24,7 @@ SWEEP = [
     *("sweep.backbone=[tiny_vit]", "sweep.dataset=[fake]", "sweep.method=[linear,bitfit,lora]"),
     *("sweep.per_method={}", "sweep.seeds=[1,2]", "device=cpu", "workers=0"),
     "sweep.grid={optim.lr:[1e-4,3e-4,1e-3,3e-3,1e-2,3e-2],optim.weight_decay:[0,1e-4]}",
-    *("image_size=32", "optim.epochs=30", "optim.batch_size=8", "checkpoint_seconds=0.2"),
+    *("image_size=32", "optim.epochs=60", "optim.batch_size=8", "checkpoint_seconds=0.2"),
 ]
 
 
@@ -54,7 +54,7 @@ def disturbed(folder: Path, log: Path, kills: int, seed: int) -> Counter:
     draw, killed = random.Random(seed), Counter()
     sweep = start(folder, log)
     while killed.total() < kills:
-        until, hot = time.monotonic() + draw.uniform(2, 10), draw.random() < 0.7
+        until, hot = time.monotonic() + draw.uniform(1, 6), draw.random() < 0.7
         while sweep.poll() is None and (
             time.monotonic() < until or (hot and not any(folder.rglob("claim.*")))
         ):

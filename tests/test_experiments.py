@@ -98,13 +98,20 @@ def test_every_recipe_is_used_and_sets_keys_that_exist(name):
     row = used[0]
     names = [f"backbone={row.backbone}", f"method={row.method}", f"protocol={said['protocol']}"]
     cfg = compose("train", [*names, *said["overrides"]])
-    for path in {*said["grid"], *(path for own in said["tasks"].values() for path in own)}:
+    for path in {
+        *tables.axes(said["grid"]),
+        *(path for own in said["tasks"].values() for path in own),
+    }:
         assert OmegaConf.select(cfg, path, default=KeyError) is not KeyError, path
     for experiment, other in RUNNING:
         if other.recipe == name and said["tasks"]:
             assert set(experiments.datasets(experiment)) <= set(said["tasks"])
         if other.recipe == name:  # a grid of the method's must be of every method that has it
-            own = {path.partition(".")[2] for path in said["grid"] if path.startswith("method.")}
+            own = {
+                path.partition(".")[2]
+                for path in tables.axes(said["grid"])
+                if path.startswith("method.")
+            }
             assert own <= set(node("method", other.method)), other.label
 
 

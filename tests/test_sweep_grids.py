@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 import sweep
 from peft.cells import check, product
 from peft.config import CONFIGS, catalogue, compose, plain
+from peft.rows import axes
 
 # As printed: RLRR's supplement (Table 3), ALoRE's (Table 8).
 PRINTED = {
@@ -29,7 +30,8 @@ PRINTED = {
     },
     "vpt_full": {
         "method.num_prompts": {1, 5, 10, 50, 100, 200},
-        "optim.lr": {b * 64 / 256 for b in (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05)},
+        "optim.batch_size": {128, 64},
+        "optim.lr": {50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05},
         "optim.weight_decay": {0.01, 0.001, 0.0001, 0},
     },
     "repadapter_scales": {"method.scale": {0.1, 0.5, 1, 5, 10}},
@@ -45,9 +47,15 @@ def sweep_of(name: str) -> dict:
 @pytest.mark.parametrize("name", PRINTED)
 def test_a_papers_grid_is_the_printed_one(name):
     grid = sweep_of(name)["grid"]
-    assert {path: set(values) for path, values in grid.items()} == PRINTED[name]
     points = [tuple(point.values()) for point in product(grid)]
+    assert {path: {p[path] for p in product(grid)} for path in axes(grid)} == PRINTED[name]
     assert len(set(points)) == len(points) == POINTS.get(name, 5)
+
+
+def test_an_empty_axis_is_found_in_every_part_of_a_grid():
+    whole = sweep_of("vpt_full")
+    with pytest.raises(ValueError, match=r"vpt_full has nothing to run: optim.lr is empty"):
+        check({**whole, "grid": [whole["grid"][0], {"optim.lr": []}]})
 
 
 def test_vtab_grids_have_the_19_tasks_and_an_honest_choice():
@@ -86,7 +94,9 @@ def test_every_sweep_plans(name, tmp_path):
     variants = whole.get("variants") or {}
     blocks = [variants] if isinstance(variants, dict) else variants
     few = [{path: [values[-1]] for path, values in block.items()} for block in blocks]
-    ends = {path: sorted({v[0], v[-1]}) for path, v in (whole["grid"] or {}).items()}
+    grid = whole["grid"] or {}
+    parts = [grid] if isinstance(grid, dict) else grid
+    ends = [{path: sorted({v[0], v[-1]}) for path, v in part.items()} for part in parts if part]
     few = few[0] if isinstance(variants, dict) else few[::5]
     methods = whole["method"][:: max(1, len(whole["method"]) - 1)]
     cfg.sweep = {**whole, "dataset": whole["dataset"][:1], "grid": ends, "variants": few}

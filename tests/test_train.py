@@ -155,6 +155,16 @@ def test_steps_instead_of_epochs(tmp_path):
     assert rates[0] < max(rates) == rates[2] > rates[-2] > rates[-1]
 
 
+def test_a_rate_for_another_batch_size_grows_with_the_batch(tmp_path):
+    """VPT: a base rate of 10 is one of 5 for batches of 128."""
+    base = config(tmp_path, "optim.lr=10", "optim.lr_base_size=256", "optim.batch_size=128")
+    plain = config(tmp_path, "optim.lr=5", "optim.batch_size=128")
+    rates = [train.learning_rate(step, 5, base.optim) for step in range(15)]
+    assert rates == [train.learning_rate(step, 5, plain.optim) for step in range(15)]
+    with pytest.raises(ValueError, match=r"optim.lr_base_size=0 should be null or more than 0"):
+        train.run(config(tmp_path, "optim.lr_base_size=0"))
+
+
 def test_a_key_added_later_leaves_older_keys_alone(tmp_path):
     """The identity of a run of before is that of today's default."""
     now = records.portable(train.configuration.plain(config(tmp_path)))
