@@ -32,7 +32,9 @@ class SSF(WeightTuner):
 
     def forward(self, x: Tensor) -> Tensor:
         """On the output: scales activations instead of weights, whose gradient would cost a full
-        matrix product."""
+        matrix product. A norm's weights are vectors: there the fold is the cheaper way."""
+        if self.base.weight.dim() == 1:
+            return super().forward(x)
         z = run(self.base, x, self.base.weight, self.base.bias)
         shape = (1, -1, 1, 1) if channel_dim(self.base) == 1 else (-1,)
         return self.gamma.view(shape) * z + self.beta.view(shape)

@@ -81,12 +81,20 @@ def prepare_tfds(root: Path, task: str) -> None:
     except FileNotFoundError as error:
         if find_spec("tensorflow") is None:
             raise FileNotFoundError(
-                f"{error} Preparing one here takes TensorFlow: pip install tensorflow-cpu."
+                f"{error} Preparing one here takes TensorFlow: pip install tensorflow-cpu "
+                "importlib_resources."
             ) from None
         import tensorflow_datasets
 
         name = tfds.BUILDERS[archive][0]
-        tensorflow_datasets.builder(name, data_dir=root / "tfds").download_and_prepare()
+        try:
+            tensorflow_datasets.builder(name, data_dir=root / "tfds").download_and_prepare()
+        except (OSError, AssertionError, tensorflow_datasets.download.DownloadError) as error:
+            raise OSError(
+                f"TFDS could not prepare {name}: {type(error).__name__}, "
+                f"{str(error).strip()[:300]}. The original archive, downloaded in another way, "
+                "serves as well: python -m scripts.doctor says where it belongs (source=raw)."
+            ) from error
 
 
 def export(name: str, config: DictConfig, root: Path, given: Mapping[str, str]) -> None:
