@@ -2,6 +2,7 @@
 
 Pixels are taken as they are stored: an EXIF rotation is ignored, alpha is dropped, grey and CMYK
 are converted by Pillow. That is what the published loaders do, and what the published numbers saw.
+Pictures that TFDS itself has opened with OpenCV (`data.retina`) are turned upright, as OpenCV does.
 """
 
 import io
@@ -11,20 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
-def decode(source: str | os.PathLike | bytes, name: str) -> np.ndarray:
+def turn(image: Image.Image) -> Image.Image:
+    """The picture upright, by its EXIF data; damaged ones turn nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises whatever its parser stumbles over
+        return image
+
+
+def decode(source: str | os.PathLike | bytes, name: str, upright: bool = False) -> np.ndarray:
     """(H, W, 3) uint8 of an image file, or of its bytes; `name` is what errors call it.
 
+    upright: apply an EXIF rotation.
     Raises FileNotFoundError, or ValueError for a damaged file or one with more than 8 bits.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.mode not in EIGHT_BITS:
                 raise ValueError(f"mode {image.mode} instead of 8 bits per channel")
+            if upright:
+                image = turn(image)
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # Pillow warns on the direct way
             return np.asarray(image.convert("RGB"))

@@ -42,7 +42,7 @@ class Shrunk:
     pixels: int
 
     def __call__(self, i: int) -> np.ndarray:
-        image = decode(self.root / self.names[i], self.names[i])
+        image = decode(self.root / self.names[i], self.names[i], upright=True)
         factor = math.sqrt(self.pixels / (image.shape[0] * image.shape[1]))
         return rescale(image, factor) if factor < 1 else image
 
@@ -55,7 +55,7 @@ class Retina:
     names: Sequence[str]
 
     def __call__(self, i: int) -> np.ndarray:
-        return btgraham(decode(self.root / self.names[i], self.names[i]))
+        return btgraham(decode(self.root / self.names[i], self.names[i], upright=True))
 
 
 def btgraham(image: np.ndarray, radius: int = 300) -> np.ndarray:

@@ -29,6 +29,9 @@ from data.unpack import unpack
 from data.vtab import TASKS
 from peft.config import CONFIGS, catalogue, near
 
+# Module -> package: what TFDS imports to prepare a folder and does not require by itself.
+PACKAGES = {"tensorflow": "tensorflow-cpu", "importlib_resources": "importlib_resources"}
+OPENCV = {"cv2": "opencv-python-headless"}
 OPTIONS = {"dataset", "source", "pixels", "verify", "archive", "to", "data_root"}
 
 
@@ -78,23 +81,31 @@ def prepare_tfds(root: Path, task: str) -> None:
     archive = TASKS[task].archive
     try:
         tfds.find(root, archive)
+        return
     except FileNotFoundError as error:
-        if find_spec("tensorflow") is None:
+        packages = PACKAGES | (OPENCV if archive in ("kitti", "retinopathy", "sun397") else {})
+        absent = [package for module, package in packages.items() if find_spec(module) is None]
+        if absent:
             raise FileNotFoundError(
-                f"{error} Preparing one here takes TensorFlow: pip install tensorflow-cpu "
-                "importlib_resources."
+                f"{error} Preparing one here takes TensorFlow and what its builders import: pip "
+                f"install {' '.join(absent)}."
             ) from None
-        import tensorflow_datasets
+    import tensorflow_datasets
 
-        name = tfds.BUILDERS[archive][0]
-        try:
-            tensorflow_datasets.builder(name, data_dir=root / "tfds").download_and_prepare()
-        except (OSError, AssertionError, tensorflow_datasets.download.DownloadError) as error:
-            raise OSError(
-                f"TFDS could not prepare {name}: {type(error).__name__}, "
-                f"{str(error).strip()[:300]}. The original archive, downloaded in another way, "
-                "serves as well: python -m scripts.doctor says where it belongs (source=raw)."
-            ) from error
+    name = tfds.BUILDERS[archive][0]
+    try:
+        tensorflow_datasets.builder(name, data_dir=root / "tfds").download_and_prepare()
+    except Exception as error:  # of requests, urllib, TensorFlow and TFDS, without a common class
+        url = getattr(getattr(error, "request", None), "url", None)
+        same = "a split of our own" if archive == "caltech101" else "the same images"
+        what = f"{url} could not be reached" if url else f"{type(error).__name__}"
+        raise OSError(
+            f"{task}: TensorFlow Datasets did not prepare {name}: {what} "
+            f"({' '.join(str(error).split())}). Prepare it where the download works (tfds build "
+            f"{name}) and copy the folder to {root / 'tfds' / name}; or take the original archive "
+            f"by other means, unpack it below {root / 'raw'}, and choose source=raw: "
+            f"{same}. python -m scripts.doctor dataset=vtab/{task} names every place."
+        ) from error
 
 
 def export(name: str, config: DictConfig, root: Path, given: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ import archives_by_hand as by_hand
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image, ImageOps
 
 from data import formats, hash_order, labels, raw, retina, vtab
 from data.vtab import TASKS
@@ -328,6 +329,23 @@ def test_big_scenes_are_scaled_to_120000_pixels(tmp_path):
         image = retina.Shrunk(tmp_path, ["x.jpg"], 120_000)(0)
         assert image.shape[:2] == expected
         assert abs(int(image[5, 5, 0]) - 90) <= 1
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_that_tfds_opened_with_opencv_are_turned_upright(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.arange(24 * 16 * 3, dtype=np.uint8).reshape(24, 16, 3)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "x.jpg") as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert (retina.Shrunk(tmp_path, ["x.jpg"], 120_000)(0) == expected).all()
+    assert (retina.Retina(tmp_path, ["x.jpg"])(0) == retina.btgraham(expected)).all()
+
+
+def test_damaged_exif_data_turn_nothing(tmp_path):
+    Image.new("RGB", (24, 16)).save(tmp_path / "x.jpg", exif=b"Exif\0\0no TIFF header")
+    assert retina.Shrunk(tmp_path, ["x.jpg"], 120_000)(0).shape == (16, 24, 3)
 
 
 def test_retina_processing():

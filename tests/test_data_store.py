@@ -3,13 +3,16 @@
 import errno
 import io
 import json
+import sys
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
 import archives_by_hand as by_hand
 import numpy as np
 import pytest
+import requests
 from PIL import Image
 from test_data_raw import read, shrink
 from test_data_vtab import community
@@ -278,7 +281,49 @@ def test_prepare_tfds_without_tensorflow_names_it(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(prepare, "find_spec", lambda name: None)
     assert prepare.main(["dataset=vtab/dtd", "source=tfds", f"data_root={tmp_path}"]) == 1
-    assert "pip install tensorflow-cpu" in capsys.readouterr().err
+    assert "pip install tensorflow-cpu importlib_resources." in capsys.readouterr().err
+    assert prepare.main(["dataset=vtab/sun397", "source=tfds", f"data_root={tmp_path}"]) == 1
+    assert "importlib_resources opencv-python-headless." in capsys.readouterr().err
+
+
+class DownloadError(Exception):
+    """As in TFDS, derived from nothing that one might catch."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            requests.ConnectionError(
+                "no name", request=requests.Request(url="https://x.org/d.tgz")
+            ),
+            "https://x.org/d.tgz could not be reached (no name)",
+        ),
+        (
+            DownloadError("Failed to get url\n x. HTTP code: 404."),
+            "DownloadError (Failed to get url x.",
+        ),
+        (AssertionError("Manual directory m is empty."), "AssertionError (Manual directory m"),
+    ],
+)
+def test_a_download_that_fails_is_one_paragraph(error, words, tmp_path, monkeypatch, capsys):
+    class Builder:
+        def __init__(self, name, data_dir):
+            assert (name, data_dir) == ("dtd", tmp_path / "tfds")
+
+        def download_and_prepare(self):
+            raise error
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
+    stand_in = types.SimpleNamespace(builder=Builder)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", stand_in)
+    assert prepare.main(["dataset=vtab/dtd", "source=tfds", f"data_root={tmp_path}"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("error: dtd: TensorFlow Datasets did not prepare dtd: ")
+    assert words in text
+    assert text.count("\n") == 1
+    assert f"below {tmp_path / 'raw'}, and choose source=raw" in text
 
 
 def archive(path, members):
