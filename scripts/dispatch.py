@@ -132,7 +132,7 @@ def gpus(device: str) -> list[str]:
     return names if torch.cuda.is_available() else []
 
 
-def child_environment(threads: int | None) -> dict[str, int | None]:
+def child_environment(threads: int | str | None) -> dict[str, int | str | None]:
     """What a run's process must not inherit from Dask, whose workers are told to use one thread and
     to give every freed 64 KiB back to the system: together three times slower on two cores."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -150,7 +150,7 @@ def local(*, device: str, workers: int | None, threads: int, host: str, **_: obj
     if devices:
         threads = max(1, cores // count)
     # Asked before the cluster starts: Dask writes its own value into this process, too.
-    environment = child_environment(int(os.environ.get("OMP_NUM_THREADS", threads)))
+    environment = child_environment(os.environ.get("OMP_NUM_THREADS", threads))
     for left in (2, 1, 0):
         try:
             cluster = LocalCluster(
