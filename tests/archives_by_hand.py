@@ -197,9 +197,8 @@ def resisc45(root):
 
 
 def clevr_scene(name, depths):
-    look = {"color": "red", "material": "metal", "shape": "cube", "size": "large", "rotation": 0.5}
     things = [
-        look | {"3d_coords": [1.0, 2.0, 0.35], "pixel_coords": [100 + i, 50, depth]}
+        {"color": "red", "3d_coords": [1.0, 2.0, 0.35], "pixel_coords": [100 + i, 50, depth]}
         for i, depth in enumerate(depths)
     ]
     return {"image_index": 0, "objects": things, "image_filename": name, "relationships": {}}
