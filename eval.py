@@ -119,8 +119,8 @@ def loader_of(cfg: DictConfig, split: str, device: torch.device, train: bool) ->
         mean=cfg.backbone.mean,
         std=cfg.backbone.std,
         train=train,
-        # without gradients, four times as many images take less memory than a step does; linear
-        # probing on cached features may have batches that no network could take
+        # without gradients, four times as many images take less memory than a step does; but the
+        # batches of linear probing on cached features may be more than a network can take
         batch_size=cfg.optim.batch_size if train else min(4 * cfg.optim.batch_size, 512),
         data_seed=cfg.data_seed,
         device=device,

@@ -93,7 +93,9 @@ class Features:
     @torch.no_grad()
     def __init__(self, trunk: nn.Module, loader: Loader, autocast: torch.autocast):
         self.loader, self.device, self.batch_size = loader, loader.device, loader.batch_size
-        whole = replace(loader, train=False, drop_last=False)
+        # a batch of the head's may be more than the trunk can take at once
+        pieces = min(loader.batch_size, 512)
+        whole = replace(loader, train=False, drop_last=False, batch_size=pieces)
         with autocast:
             pairs = [(trunk(images), labels) for images, labels in whole.epoch()]
         self.features, self.labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))

@@ -153,9 +153,7 @@ def read_raw(root: Path, split: str, task: str, num_classes: int) -> Images:
         labels = np.array([examples.label(i) for i in rows])
     keys = [examples.keys[i] for i in rows]
     ids = tuple(k if isinstance(k, str) else f"{salt}/{k}" for k in keys)
-    source = (
-        "raw-own" if task == "caltech101" else "raw"
-    )  # whose membership is ours: raw.caltech101
+    source = "raw-own" if task == "caltech101" else "raw"  # see raw.caltech101
     manifest = Manifest(task, split, ids, labels, num_classes, source, pixels="native")
     return Images(manifest, examples.pick(rows))
 

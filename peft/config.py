@@ -219,9 +219,10 @@ def build(
         if not pretrained or source is not None:
             raise
         original = f", the original of {backbone.original}" if backbone.get("original") else ""
+        said = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         raise FileNotFoundError(
             f"{backbone.name}: its weights are neither in the hub's cache nor to be had "
-            f"({type(error).__name__}); give weights=FILE{original}"
+            f"({said}); give weights=FILE{original}"
         ) from error
     return attach(model, placements, plain(method.trainable))
 
