@@ -1,4 +1,4 @@
-"""Adapters, prompts and heads against literal implementations of their equations, in float64 to
+"""Adapters against literal implementations of their equations, in float64 to
 1e-9, with one case per method small enough to compute by hand: the same misreading must not sit on
 both sides."""
 
