@@ -271,13 +271,14 @@ class _Stream(torch.utils.data.Dataset):
         varies = loader.train and loader.view.random
         u = loader._draws(self.e, b, len(rows))
         if isinstance(store, Tensor) and not varies:
-            images = store[torch.from_numpy(rows).to(store.device)]
+            images = store[torch.from_numpy(rows).to(store.device, non_blocking=True)]
         else:
             parts = [store[i] if store is not None else loader._fixed(i) for i in rows]
             if varies:
                 parts = [loader.view.vary(x, v, size) for x, v in zip(parts, u, strict=True)]
             images = torch.stack(parts)
         if loader.flip and loader.train:
-            mirrored = torch.from_numpy(u[:, FLIP] < loader.flip).to(images.device)
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            mirrored = torch.from_numpy(u[:, FLIP] < loader.flip)[:, None, None, None]
+            mirrored = mirrored.to(images.device, non_blocking=True)
+            images = torch.where(mirrored, images.flip(-1), images)
         return images, labels

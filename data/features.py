@@ -104,7 +104,7 @@ class Features:
         return len(self.loader)
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.from_numpy(self.loader.order(e)).to(self.device)
+        order = torch.from_numpy(self.loader.order(e)).to(self.device, non_blocking=True)
         for b in range(start, len(self)):
             rows = order[b * self.batch_size : (b + 1) * self.batch_size]
             yield self.features[rows], self.labels[rows]

@@ -235,7 +235,8 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     of place.
     """
     x = images.to(torch.float32, copy=True).div_(255)
-    return x.sub_(x.new_tensor(mean).view(3, 1, 1)).div_(x.new_tensor(std).view(3, 1, 1))
+    low, spread = torch.tensor([mean, std])[..., None, None].to(x.device, non_blocking=True)
+    return x.sub_(low).div_(spread)
 
 
 def erase(images: Tensor, u: np.ndarray, probability: float) -> Tensor:
@@ -247,6 +248,6 @@ def erase(images: Tensor, u: np.ndarray, probability: float) -> Tensor:
         if v[0] < probability:
             top, left, h, w = random_box(size, size, v[1:], (0.02, 1 / 3), (0.3, 1 / 0.3))
             noise = torch.Generator().manual_seed(int(v[0] * 2**53))
-            box = torch.randn((3, h, w), generator=noise).to(images.device)
-            image[:, top : top + h, left : left + w] = box
+            box = torch.randn((3, h, w), generator=noise)
+            image[:, top : top + h, left : left + w].copy_(box, non_blocking=True)
     return images

@@ -86,7 +86,7 @@ class ALoRE(WeightTuner):
         """M = I + K, (d, d): for merging and tests."""
         kron = torch.einsum("ipq,iar,irb->paqb", self.scale, self.down, self.up)
         width = kron.shape[0] * kron.shape[1]
-        return torch.eye(width).to(kron) + kron.reshape(width, width)
+        return torch.eye(width, dtype=kron.dtype, device=kron.device) + kron.reshape(width, width)
 
     def adapted(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.groups > 1:

@@ -83,7 +83,7 @@ def resume(
     if not path.is_file():
         return
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         known = state["keys"]
     except Exception as error:
         raise ValueError(
@@ -104,8 +104,9 @@ def resume(
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     vars(history).update(state["history"])
-    torch.set_rng_state(state["rng"].cpu())
+    history.sums = history.sums.to(device)
+    torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
     if first():
         print(f"going on from step {history.step} of {path.parent.name}")

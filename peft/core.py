@@ -145,8 +145,10 @@ def tuners(model: nn.Module) -> dict[str, Tuner]:
 
 
 def penalty(model: nn.Module) -> Tensor | float:
-    """The sum of all tuners' regularisers."""
-    return sum(tuner.penalty() for tuner in tuners(model).values())
+    """The sum of all tuners' regularisers; never in half precision, where the distance of a product
+    from the identity would drown."""
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        return sum(tuner.penalty() for tuner in tuners(model).values())
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ def fwht(x: Tensor) -> Tensor:
     last: n 2^n 32 / 5 products instead of 4^n, and far fewer passes over the vector than additions
     in pairs. Never in half precision, where sums over 2^n numbers would drown.
     """
-    two, left = x.new_tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5, (x.shape[-1] - 1).bit_length()
+    bit, left = torch.arange(2, device=x.device), (x.shape[-1] - 1).bit_length()
+    two = (1 - 2 * torch.outer(bit, bit)).to(x.dtype) / 2**0.5
     with torch.autocast(x.device.type, enabled=False):
         while left:
             digits = min(5, left)

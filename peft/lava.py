@@ -75,7 +75,7 @@ class LAVA(WeightTuner):
         return known.get(self.ortho)
 
     def penalty(self) -> Tensor:
-        gap = [f.mT @ f - torch.eye(f.shape[-1]).to(f) for f in self.regularised()]
+        gap = [f.mT @ f - torch.eye(f.shape[-1], device=f.device) for f in self.regularised()]
         return self.strength * sum(g.square().sum() for g in gap)
 
     def down(self) -> Tensor:

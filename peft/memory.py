@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from peft.core import tuners
 from peft.pack import Pack
 from peft.state import adapter_state
 
@@ -57,13 +58,17 @@ def largest(seconds: Callable[[int], float], most: int) -> int:
 
 def checkpointed(model: nn.Module) -> nn.Module:
     """Lets a backbone compute the activations of its blocks again instead of keeping them. Raises
-    ValueError for one that cannot."""
+    ValueError for one that cannot, or whose chain of blocks a tuner runs as one."""
+    other = "leave grad_checkpointing=false; optim.accumulate=2 saves memory, too"
+    for path, tuner in tuners(model).items():
+        if isinstance(tuner.base, nn.Sequential):
+            kind = type(tuner).__name__
+            raise ValueError(f"{kind} runs {path} as one, where checkpoints lie between: {other}")
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
         raise ValueError(
-            f"{type(model).__name__} knows no gradient checkpointing: leave "
-            "grad_checkpointing=false; optim.accumulate=2 saves memory, too"
+            f"{type(model).__name__} knows no gradient checkpointing: {other}"
         ) from error
     return model
 

@@ -51,7 +51,7 @@ def spared(rule: str) -> Callable[[str, torch.Tensor], bool]:
 
 
 def make_optimizer(pack: Pack, optims: Sequence[Mapping]) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups a member, with and without weight decay."""
+    """AdamW or SGD over two groups a member, with and without weight decay; see `check`."""
     optim = optims[0]
     groups = [
         {"params": leaves, "member": k, "lr": optims[k]["lr"], "weight_decay": decay}
@@ -61,9 +61,7 @@ def make_optimizer(pack: Pack, optims: Sequence[Mapping]) -> torch.optim.Optimiz
     ]
     if optim["optimizer"] == "adamw":
         return torch.optim.AdamW(groups, betas=tuple(optim["betas"]), fused=True)
-    if optim["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, momentum=optim["momentum"], fused=True)
-    raise ValueError(f"optim.optimizer={optim['optimizer']} is neither adamw nor sgd")
+    return torch.optim.SGD(groups, momentum=optim["momentum"], fused=True)
 
 
 def check(optim: Mapping) -> None:
@@ -83,3 +81,8 @@ def check(optim: Mapping) -> None:
     ):
         if not fits(optim[key]):
             raise ValueError(f"optim.{key}={optim[key]} should be {means}")
+    needs = {"adamw": "betas", "sgd": "momentum"}.get(kind := optim["optimizer"])
+    if needs is None:
+        raise ValueError(f"optim.optimizer={kind} is neither adamw nor sgd")
+    if optim.get(needs) is None:
+        raise ValueError(f"optim.optimizer={kind} needs optim.{needs}: take optim={kind}_cosine")

@@ -22,6 +22,7 @@ from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from peft.core import penalty, tuners
 from peft.record import MACHINE
@@ -41,6 +42,7 @@ STACKED = {
 
 
 NUMBERS = {"scale", "alpha", "strength"}
+TAKEN_APART = {F.linear, F.conv1d, F.conv2d}
 
 
 class Unstackable(ValueError):
@@ -100,7 +102,7 @@ class Scored(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.net(x), torch.as_tensor(penalty(self.net), device=x.device)
+        return self.net(x), torch.zeros((), device=x.device) + penalty(self.net)
 
 
 class Pack:
@@ -170,7 +172,9 @@ class Pack:
             logits, extra = self.forward(images)
             return logits[None], extra[None]
         numbers = [
-            torch.tensor([self.numbers[k][place] for k in self.members], device=images.device)
+            torch.tensor([self.numbers[k][place] for k in self.members]).to(
+                images.device, non_blocking=True
+            )
             for place in self.numbers[0]
         ]
         return self.forward(self.stacks(), numbers, images)
@@ -292,11 +296,16 @@ def _parts(group: Mapping[str, Tensor], flat: Sequence[Tensor]) -> Sequence[Tens
 
 
 class Folded(TorchFunctionMode):
-    """Some functions have no batching rule, and vmap would run them member by member: here the
-    members become part of their batch."""
+    """What vmap alone would do slowly or not at all. Some functions have no batching rule, and vmap
+    would run them member by member: here the members become part of their batch. Others it takes
+    apart before autocast sees them, so that a bias in fp32 makes the whole result fp32, or does not
+    fit its convolution: their arguments are cast here, as autocast does outside of vmap."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = kwargs or {}
+        if func in TAKEN_APART and torch.is_autocast_enabled(kind := args[0].device.type):
+            dtype = torch.get_autocast_dtype(kind)
+            args, given = tree_map_only(Tensor, lambda t: t.to(dtype), (args, given))
         if func is F.adaptive_avg_pool2d and len(args) == 2 and args[0].dim() == 4:
             return _Fold.apply(lambda x: func(x, args[1]), args[0])
         attends = func is F.scaled_dot_product_attention and len(args) == 3
@@ -305,7 +314,9 @@ class Folded(TorchFunctionMode):
             mask = given.get("attn_mask")
             if mask is None:
                 return _Fold.apply(lambda q, k, v: func(q, k, v, **rest), *args)
-            mask = mask[(None,) * (4 - mask.dim())].expand(len(args[0]), -1, -1, -1)
+            query = args[0]
+            mask = mask[(None,) * (query.dim() - mask.dim())]
+            mask = mask.expand(len(query), *mask.shape[1:])
             return _Fold.apply(lambda q, k, v, m: func(q, k, v, m, **rest), *args, mask)
         return func(*args, **given)
 

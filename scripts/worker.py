@@ -98,6 +98,8 @@ def serve(job: dict) -> dict:
         with contextlib.ExitStack() as claims:
             for folder in folders:
                 claims.enter_context(hold(folder, job["silent"], job["heartbeat"]))
+                # of an earlier try: what ends this one, be it ever so early, is told instead
+                (folder / "failure.json").unlink(missing_ok=True)
             claims.enter_context(logged(folders[0] / "output.log", job["log"]))
             try:
                 if configs[0].phase == "derived":

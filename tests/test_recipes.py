@@ -108,8 +108,12 @@ def test_activations_computed_again_give_the_same_bits(tmp_path):
         train.run(config(tmp_path / again, *choice, f"grad_checkpointing={again}"))
     a, b = (folder(tmp_path / n) / "adapter.safetensors" for n in ("false", "true"))
     assert a.read_bytes() == b.read_bytes() and a.parent.name == b.parent.name
-    with pytest.raises(ValueError, match=r"knows no gradient checkpointing.*optim\.accumulate"):
-        train.run(config(tmp_path, "backbone=tiny_vgg", "grad_checkpointing=true", "method=bitfit"))
+    for said, choice in (
+        ("VGG knows no gradient checkpointing", ["backbone=tiny_vgg", "method=bitfit"]),
+        ("Prompts runs blocks as one", ["method=vpt_shallow"]),
+    ):
+        with pytest.raises(ValueError, match=rf"{said}.*optim\.accumulate"):
+            train.run(config(tmp_path, "grad_checkpointing=true", *choice))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +205,7 @@ def test_the_pieces_of_a_batch_weigh_as_much_as_it_does(monkeypatch, count, part
         ("optim.restart_epochs=0", "optim.restart_epochs=0 should be"),
         ("optim.no_decay=bias", "optim.no_decay=bias is none of one_dim, names, none"),
         ("optim.optimizer=adam", "optim.optimizer=adam is neither adamw nor sgd"),
+        ("optim.optimizer=sgd", "optim.optimizer=sgd needs optim.momentum: take optim=sgd_cosine"),
         ("pack=some", "pack=some is neither auto, nor all, nor a number from 1"),
         ("pack=0", "pack=0 is neither"),
         ("precision=half", "precision=half is none of bf16, fp16, fp32"),

@@ -1,0 +1,91 @@
+"""What a GPU would refuse or wait for, found without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLASSES, TINY, applies, home, tiny
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+
+from peft.config import catalogue
+from peft.pack import Pack, Unstackable
+from peft.state import adapter_state
+
+# Once at the start or end of a run, epoch or checkpoint, and not for every step of one.
+RARE = {"_prepare", "save_state", "resume", "evaluate", "tolist"}
+
+
+def test_runs_on_a_device_of_its_own_are_those_on_the_cpu(tmp_path):
+    """Interrupted and taken up again; no step in them keeps the host waiting."""
+    script = Path(__file__).parent / "pretend.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, check=True
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(told) == 7
+    for trial in told:
+        assert trial["pretend"] == trial["cpu"], trial["trial"]
+        assert trial["cpu"][0] == "no room" and trial["cpu"][-1] > 25
+        kinds = {frozenset(RARE & set(stack)) for stack in trial["waits"]}
+        assert frozenset() not in kinds, trial
+        assert any("tolist" in kind for kind in kinds), "waiting would not have been seen"
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """bf16 autocast for a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    return torch.autocast("cuda", torch.bfloat16)
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """The model with tensors on "cuda" that have no content."""
+    made = {t: torch.empty_like(t, device="cuda") for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = nn.Parameter(made[p], p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made[buffer]
+    return model
+
+
+CELLS = [(b, m) for b in TINY for m in catalogue("method") if applies(b, m)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method"),
+    [
+        pytest.param(b, m, marks=[] if b == home(m) else pytest.mark.full)
+        for b, m in CELLS
+        if m != "noah_supernet"  # reads numbers that were drawn
+    ],
+)
+def test_a_pack_in_half_precision_keeps_it(backbone, method, half):
+    """As its solo run does, on tensors that refuse another device and another type."""
+    found = []
+    model = tiny(backbone, method)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hollow(model).train()
+        images, start = torch.empty(2, 3, 64, 64, device="cuda"), adapter_state(model)
+        for members in (1, 3):
+            try:
+                pack = Pack(model, model, [start] * members, lambda name, p: p.dim() < 2)
+            except Unstackable:
+                continue
+            with half:
+                logits, penalties = pack(images)
+            assert logits.shape == (members, 2, CLASSES) and penalties.shape == (members,)
+            found.append((logits.dtype, penalties.dtype))
+    assert set(found) == {(torch.bfloat16, torch.float32)}
+
+
+def test_fake_tensors_refuse_another_device():
+    with FakeTensorMode(), pytest.raises(FakeTensorDeviceMismatchError):
+        torch.zeros(2, device="cuda") + torch.zeros(2)
