@@ -149,7 +149,8 @@ class Pack:
         else:
             self._stack(starts)
             randomness = "same" if same_draws else "different"
-            self.forward = vmap(self._one, (0, 0, None), randomness=randomness)
+            self.mapped = vmap(self._one, (0, 0, None), randomness=randomness)
+            self.forward = self._all
         if ema:
             self.averages = [
                 [[leaf.detach().clone() for leaf in group] for group in member]
@@ -177,7 +178,12 @@ class Pack:
             )
             for place in self.numbers[0]
         ]
-        return self.forward(self.stacks(), numbers, images)
+        return self.forward([self.leaves[k] for k in self.members], numbers, images)
+
+    def _all(
+        self, leaves: Nested, numbers: Sequence[Tensor], images: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.mapped(self.stacks(leaves), numbers, images)
 
     def _one(
         self, own: Mapping[str, Tensor], numbers: Sequence[Tensor], images: Tensor
@@ -206,7 +212,10 @@ class Pack:
         that failed, after which the pack is as it was, or None."""
         plain, start = self.forward, {n: t.clone() for n, t in adapter_state(self.model).items()}
         devices = [images.device] if images.device.type == "cuda" else []
-        self.forward, failure = torch.compile(plain, mode=None if mode is True else mode), None
+        torch.compiler.reset()  # it gives up after some networks in one process
+        # a pack that is not one graph would run as it is, and nobody would be told
+        whole, mode, failure = not self.solo, None if mode is True else mode, None
+        self.forward = torch.compile(plain, fullgraph=whole, mode=mode)
         with torch.random.fork_rng(devices):
             try:
                 with autocast:
@@ -219,12 +228,12 @@ class Pack:
         load_adapter_state(self.model, start)
         return failure and failure.splitlines()[0]
 
-    def stacks(self) -> dict[str, Tensor]:
+    def stacks(self, leaves: Nested) -> dict[str, Tensor]:
         """The tensors that train by name, (K, *shape)."""
         found = {}
         for g, group in enumerate(self.groups):
             if group:
-                flat = torch.stack([self.leaves[k][g][0] for k in self.members])
+                flat = torch.stack([own[g][0] for own in leaves])
                 parts = flat.split([p.numel() for p in group.values()], 1)
                 found |= {
                     name: part.unflatten(1, p.shape) if p.dim() else part[:, 0]
@@ -307,18 +316,32 @@ class Folded(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(kind)
             args, given = tree_map_only(Tensor, lambda t: t.to(dtype), (args, given))
         if func is F.adaptive_avg_pool2d and len(args) == 2 and args[0].dim() == 4:
-            return _Fold.apply(lambda x: func(x, args[1]), args[0])
+            return _pool(*args)
         attends = func is F.scaled_dot_product_attention and len(args) == 3
         if attends and not (given.get("dropout_p") or given.get("enable_gqa")):
-            rest = {key: value for key, value in given.items() if key != "attn_mask"}
             mask = given.get("attn_mask")
-            if mask is None:
-                return _Fold.apply(lambda q, k, v: func(q, k, v, **rest), *args)
-            query = args[0]
-            mask = mask[(None,) * (query.dim() - mask.dim())]
-            mask = mask.expand(len(query), *mask.shape[1:])
-            return _Fold.apply(lambda q, k, v, m: func(q, k, v, m, **rest), *args, mask)
+            if mask is not None:
+                query = args[0]
+                mask = mask[(None,) * (query.dim() - mask.dim())]
+                mask = mask.expand(len(query), *mask.shape[1:])
+            return _attention(*args, mask, given.get("is_causal", False), given.get("scale"))
         return func(*args, **given)
+
+
+# torch.compile takes these two as they are: it cannot look into what _Fold is given.
+@torch.compiler.allow_in_graph
+def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    return _Fold.apply(lambda x: F.adaptive_avg_pool2d(x, size), x)
+
+
+@torch.compiler.allow_in_graph
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+
+    return _Fold.apply(attend, q, k, v, *([] if mask is None else [mask]))
 
 
 class _Fold(torch.autograd.Function):

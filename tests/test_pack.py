@@ -67,6 +67,37 @@ def test_a_step_of_a_pack_is_the_steps_of_its_members(backbone, method, images):
                 torch.testing.assert_close(leaves[0].grad, expected, atol=1e-4, rtol=1e-4)
 
 
+COMPILED = [
+    pytest.param(b, m, marks=[] if b == "tiny_vit" and m == "lora" else pytest.mark.full)
+    for b in TINY
+    for m in catalogue("method")
+    # NOAH's supernet draws its sizes; batch norms that train along are not stacked
+    if applies(b, m) and (b == home(m) or m in FAST) and m not in ("noah_supernet", "mlp4")
+]
+
+
+@pytest.mark.parametrize(("backbone", "method"), COMPILED)
+def test_a_pack_compiles_as_one_graph(backbone, method, images):
+    """With dropout, and forth and back as without compiling."""
+    torch.compiler.reset()
+    model = jitter(tiny(backbone, method)).train()
+    try:
+        pack = Pack(model, model, starts_of(model, 3), train.spared("one_dim"))
+    except Unstackable:
+        pytest.skip("its running statistics train along")
+    leaves = [leaf for k in pack.members for leaf in pack.trained(k)]
+
+    def step() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        logits, penalties = pack(images)
+        loss = logits.square().mean() + penalties.sum()
+        return [logits, *torch.autograd.grad(loss, leaves)]
+
+    plain = step()
+    pack.forward = torch.compile(pack.forward, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(step(), plain, atol=1e-4, rtol=1e-4)
+
+
 def solo_and_packed(tmp_path, choices: list[list[str]]) -> list[tuple]:
     """(record, adapter) of every choice, alone and as a member."""
     for choice in choices:

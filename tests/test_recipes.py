@@ -228,9 +228,9 @@ def test_a_batch_larger_than_the_set(tmp_path):
 def test_compilation_that_works_changes_nothing(tmp_path, monkeypatch):
     compiled, real = [], torch.compile
 
-    def graphs(function, mode=None):  # without code generation, which takes a minute
+    def graphs(function, fullgraph, mode):  # without code generation, which takes a minute
         compiled.append(mode)
-        return real(function, backend="eager")
+        return real(function, fullgraph=fullgraph, backend="eager")
 
     monkeypatch.setattr(torch, "compile", graphs)
     for name, mode in (("plain", "false"), ("true", "true"), ("mode", "reduce-overhead")):
@@ -243,7 +243,7 @@ def test_compilation_that_works_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_compilation_that_fails_says_so_and_trains(tmp_path, monkeypatch, capsys):
-    def broken(function, mode=None):
+    def broken(function, fullgraph, mode):
         def call(*inputs):
             function(*inputs)
             raise RuntimeError("no C++ compiler\nlong story")
