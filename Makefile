@@ -11,7 +11,7 @@ PY           := $(VENV)/bin/python
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-full lint tables report clean
+.PHONY: help setup install demo test test-full test-gpu lint tables report clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test: lint ## Lint, then the quick tests (a few minutes on 2 cores)
 
 test-full: lint ## Lint, then every test, torch.compile included
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m "full or not full" $(TEST)
+
+test-gpu: setup ## The tests that need a CUDA GPU; the others hide it and train on the CPU
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(PY) -m pytest -m full tests/test_cuda.py $(TEST)
 
 lint: setup ## Check the sources with ruff
 	@$(PY) -m ruff check .

@@ -23,6 +23,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("pretend")
 torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+# as with a GPU: what two modules share stays shared when a model moves
+torch.__future__.set_swap_module_params_on_conversion(True)
 DEVICE = torch.device("pretend:0")
 waits: list[list[str]] = []
 
