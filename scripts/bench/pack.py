@@ -73,7 +73,8 @@ def packs(method: str, shape: Shape, members: list[int], rate: float, modes: lis
             executed = measure.flops(step)
             if mode:
                 images, _ = measure.batch_of(model, shape.batch)
-                row["compiled"] = packed.compile(mode, images, measure.mixed(shape.device)) or mode
+                failure = packed.compile(mode, images, measure.mixed(shape.device))
+                row |= {"compiled": False, "compile_failure": failure} if failure else {}
             if shape.on_gpu:
                 torch.cuda.reset_peak_memory_stats(shape.device)
             times = measure.interleaved({"solo": solo, "pack": step}, shape.device, shape.rounds)

@@ -55,7 +55,8 @@ def pack(result: dict) -> Lines:
         best = max(row["packs"], key=lambda p: p.get("runs_per_hour", 0))
         yield (
             f"{row['method']}: most runs an hour, one at a time = 1",
-            f"{best['to_one_at_a_time']:.2f}, of {row['chosen']} at once, at "
+            f"{best['to_one_at_a_time']:.2f}, of {row['chosen']} at once"
+            f"{', compiled' if best['compiled'] else ''}, at "
             f"{100 * best['share_of_matmul_rate']:.0f} % of the device's matmul rate",
         )
 
