@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CLASSES, TINY, applies, home, tiny
+from test_train import config, done, folder
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 
+import train
 from peft.config import catalogue
 from peft.pack import Pack, Unstackable
 from peft.state import adapter_state
@@ -22,10 +24,10 @@ RARE = {"_prepare", "save_state", "resume", "evaluate", "tolist"}
 def test_runs_on_a_device_of_its_own_are_those_on_the_cpu(tmp_path):
     """Interrupted and taken up again; no step in them keeps the host waiting."""
     script = Path(__file__).parent / "pretend.py"
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, script, tmp_path], capture_output=True, text=True, check=True
     )
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    told = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     assert len(told) == 7
     for trial in told:
         assert trial["pretend"] == trial["cpu"], trial["trial"]
@@ -33,6 +35,35 @@ def test_runs_on_a_device_of_its_own_are_those_on_the_cpu(tmp_path):
         kinds = {frozenset(RARE & set(stack)) for stack in trial["waits"]}
         assert frozenset() not in kinds, trial
         assert any("tolist" in kind for kind in kinds), "waiting would not have been seen"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", ["rlrr", "lava", "superlora_projected"])
+def test_mixed_precision_trains_to_the_loss_of_fp32(tmp_path, monkeypatch, method, precision):
+    """On the CPU, which trains in fp32 unless it is told to take autocast, and with fp16 the scaled
+    loss, as a GPU does; interrupted once."""
+    choice = [f"method={method}", "optim.clip_norm=1", "checkpoint_seconds=0"]
+    train.run(config(tmp_path / "fp32", *choice))
+    kind, real = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision], train.learning_rate
+    monkeypatch.setattr(train, "autocast_of", lambda *_: torch.autocast("cpu", kind, enabled=True))
+
+    def crash(step: int, *rest) -> float:
+        if step == 7:
+            raise MemoryError("no room")
+        return real(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", crash)
+    with pytest.raises(MemoryError):
+        train.run(config(tmp_path / "half", *choice, f"precision={precision}"))
+    state = torch.load(folder(tmp_path / "half") / "state.pt", weights_only=True)
+    assert bool(state["scaler"]) == (precision == "fp16")
+    monkeypatch.setattr(train, "learning_rate", real)
+    train.run(config(tmp_path / "half", *choice, f"precision={precision}"))
+    ours, theirs = done(tmp_path / "half"), done(tmp_path / "fp32")
+    assert ours["provenance"]["precision"] == precision
+    loss = theirs["metrics"]["loss_last"]
+    assert ours["metrics"]["loss_last"] != loss
+    assert ours["metrics"]["loss_last"] == pytest.approx(loss, rel=0.02)
 
 
 @pytest.fixture
