@@ -220,6 +220,13 @@ def test_a_pack_is_tried_on_blank_images():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_what_does_not_stack_is_tried_and_told(capsys):
+    model, off = tiny("tiny_vit", "mlp4"), torch.autocast("cpu", enabled=False)
+    assert fastest_pack(model, torch.Size([2, 3, 32, 32]), off, 3) == 1
+    said = capsys.readouterr().out
+    assert "a pack of 2 does not work (the running statistics of head" in said
+
+
 def test_what_comes_before_the_first_tuner_runs_once_and_without_a_graph(images):
     model = tiny("tiny_vit", "lora")
     for block in (0, 1):  # as with layers=[2, 3, ...]
