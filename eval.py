@@ -43,6 +43,11 @@ def device_of(name: str) -> torch.device:
         ) from error
 
 
+def device_name(device: torch.device) -> str:
+    """What records call a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast_of(precision: str, device: torch.device) -> torch.autocast:
     """Mixed precision on CUDA; a CPU computes in fp32, whatever the configuration says, and the
     record's provenance tells."""
@@ -309,7 +314,7 @@ def derived(cfg: DictConfig, machine: dict) -> float:
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
         else first["peak_memory_bytes"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "provenance": first["provenance"]
         | records.environment()
         | {

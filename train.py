@@ -25,7 +25,7 @@ import data
 import peft
 from data.features import cached_features
 from data.mixing import Mix, mixing
-from eval import autocast_of, device_of, evaluate, label_rows, loader_of, model_of
+from eval import autocast_of, device_name, device_of, evaluate, label_rows, loader_of, model_of
 from peft import config as configuration
 from peft import parallel
 from peft import record as records
@@ -175,8 +175,18 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
             print(f"compile={cfg.compile} does not work here ({failure}): going on without it")
     history = fit(pack, batches, (judged, scoring) if peeks else None, runs, autocast, mix)
 
+    provenance = {
+        "weights": weights_name(cfg),
+        "weights_sha256": weights_sha256,
+        **({"head_rows": rows} if (rows := label_rows(cfg, device)) else {}),
+        "data_sha256": {s.manifest.split: s.manifest.digest for s in (loader, scored)},
+        **loader.provenance,
+        "precision": cfg.precision if autocast._enabled else "fp32",
+        "pack": len(runs),
+        "processes": parallel.world(),
+        "threads": torch.get_num_threads(),
+    }
     results: list[dict | Exception] = []
-    default = configuration.compose("train", [f"method={cfg.method.name}"]).method
     for k, one in enumerate(runs):
         if k in history.failed:
             results.append(FloatingPointError(history.failed[k]))
@@ -195,34 +205,14 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
         if peeks:
             metrics["top1_best"] = max(row["top1"] for row in log)
         results.append(
-            records.assemble(
-                one.config,
-                key=one.key,
-                variant=records.variant_of(one.config["method"], configuration.plain(default)),
-                selected_from=configuration.plain(one.cfg.selected_from),
+            one.record(
                 metrics=metrics,
                 counts=counts,
                 images=sum(row["images"] for row in log),
                 seconds=history.seconds / len(runs),  # its share of the pack's
                 memory=peak_memory(device),
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                provenance={
-                    "weights": weights_name(cfg),
-                    "weights_sha256": weights_sha256,
-                    **({"head_rows": rows} if (rows := label_rows(cfg, device)) else {}),
-                    "data_sha256": {
-                        split.manifest.split: split.manifest.digest for split in (loader, scored)
-                    },
-                    "source": loader.manifest.source,
-                    "pixels": loader.manifest.pixels,
-                    "kernel": loader.view.kernel,
-                    "mean": list(loader.mean),
-                    "std": list(loader.std),
-                    "precision": cfg.precision if autocast._enabled else "fp32",
-                    "pack": len(runs),
-                    "processes": parallel.world(),
-                    "threads": torch.get_num_threads(),
-                },
+                device=device_name(device),
+                provenance=provenance,
             )
         )
     return results

@@ -176,6 +176,17 @@ class Loader:
         return self.images.manifest
 
     @property
+    def provenance(self) -> dict[str, object]:
+        """What a record says of its pixels."""
+        return {
+            "source": self.manifest.source,
+            "pixels": self.manifest.pixels,
+            "kernel": self.view.kernel,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @property
     def num_images(self) -> int:
         """Images in the split (an epoch has fewer if drop_last drops some)."""
         return len(self.images)

@@ -55,6 +55,17 @@ class Run:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
 
+    def record(self, **outcome: object) -> dict:
+        """The record of what came of it; see `records.assemble`."""
+        default = configuration.compose("train", [f"method={self.cfg.method.name}"]).method
+        return records.assemble(
+            self.config,
+            key=self.key,
+            variant=records.variant_of(self.config["method"], configuration.plain(default)),
+            selected_from=configuration.plain(self.cfg.selected_from),
+            **outcome,
+        )
+
     def fail(self, error: Exception) -> Exception:
         """Leaves failure.json and returns what ended the run."""
         error = from_worker(error)
