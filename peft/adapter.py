@@ -110,6 +110,8 @@ class AdapterPlus(Tuner):
 
     def __init__(self, base: nn.Module, hidden: int = 8, drop_path: float = 0.1):
         super().__init__(base)
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"{drop_path=} must be from 0 to below 1")
         self.adapter = Bottleneck(width(base), hidden, "gelu", "normal_001")
         self.scale = nn.Parameter(torch.ones(width(base)))
         self.drop_path = DropPath(drop_path)

@@ -78,6 +78,8 @@ def check(optim: Mapping) -> None:
         ("ema", lambda v: v is None or 0 < v < 1, "null or between 0 and 1, such as 0.9998"),
         ("accumulate", lambda v: v >= 1 and v == int(v), "1, 2, 3 ..."),
         ("label_smoothing", lambda v: 0 <= v < 1, "from 0 to below 1"),
+        ("layer_dropout", lambda v: 0 <= v < 1, "from 0 to below 1"),
+        ("drop_path", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ):
         if not fits(optim[key]):
             raise ValueError(f"optim.{key}={optim[key]} should be {means}")

@@ -203,6 +203,8 @@ def test_the_pieces_of_a_batch_weigh_as_much_as_it_does(monkeypatch, count, part
         ("optim.ema=1", "optim.ema=1 should be null or between 0 and 1"),
         ("optim.accumulate=0", "optim.accumulate=0 should be"),
         ("optim.restart_epochs=0", "optim.restart_epochs=0 should be"),
+        ("optim.layer_dropout=1", "optim.layer_dropout=1 should be from 0 to below 1"),
+        ("optim.drop_path=-0.1", "optim.drop_path=-0.1 should be from 0 to below 1"),
         ("optim.no_decay=bias", "optim.no_decay=bias is none of one_dim, names, none"),
         ("optim.optimizer=adam", "optim.optimizer=adam is neither adamw nor sgd"),
         ("optim.optimizer=sgd", "optim.optimizer=sgd needs optim.momentum: take optim=sgd_cosine"),
