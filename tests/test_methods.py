@@ -239,7 +239,7 @@ def test_a_tensor_without_gradient_is_named():
             {"hidden": 65},
             r"Adapter at blocks.0.mlp: hidden=65 must lie between 1 and 64",
         ),
-        ("adapter_plus", {"drop_path": 1.0}, r"drop_path=1.0 must be from 0 to below 1"),
+        ("adapter_plus", {"method.drop_path": 1.0}, r"drop_path=1.0 must be from 0 to below 1"),
         ("repadapter", {"groups": 3}, r"groups=3 must divide hidden=8 and the width 64"),
         ("compacter", {"n": 5}, r"n=5 divides not both sides of a 64 x 24"),
         ("partial", {"layers": -9}, r"layers=-9 does not fit 6 blocks"),
