@@ -1,5 +1,6 @@
 """One run among those that train together: who it is, where its files are, how it ends."""
 
+import functools
 import shutil
 import traceback
 from collections.abc import Mapping
@@ -57,11 +58,10 @@ class Run:
 
     def record(self, **outcome: object) -> dict:
         """The record of what came of it; see `records.assemble`."""
-        default = configuration.compose("train", [f"method={self.cfg.method.name}"]).method
         return records.assemble(
             self.config,
             key=self.key,
-            variant=records.variant_of(self.config["method"], configuration.plain(default)),
+            variant=records.variant_of(self.config["method"], as_written(self.cfg.method.name)),
             selected_from=configuration.plain(self.cfg.selected_from),
             **outcome,
         )
@@ -102,6 +102,12 @@ class Run:
             f"({outcome['selection']}), in {self.folder}"
         )
         return headline(outcome)
+
+
+@functools.cache
+def as_written(method: str) -> dict:
+    """A method's yaml with nothing overridden."""
+    return configuration.plain(configuration.compose("train", [f"method={method}"]).method)
 
 
 def weights_name(cfg: DictConfig) -> str:

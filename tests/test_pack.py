@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, applies, home, jitter, tiny
+from conftest import TINY, applies, home, jitter, stackable, tiny
 from safetensors.torch import load_file, save_file
 from test_train import config as config_of
-from test_train import folder
+from test_train import ending_before, folder
 from torch._C._functorch import is_batchedtensor as is_batched
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -71,8 +71,8 @@ COMPILED = [
     pytest.param(b, m, marks=[] if b == "tiny_vit" and m == "lora" else pytest.mark.full)
     for b in TINY
     for m in catalogue("method")
-    # NOAH's supernet draws its sizes; batch norms that train along are not stacked
-    if applies(b, m) and (b == home(m) or m in FAST) and m not in ("noah_supernet", "mlp4")
+    # NOAH's supernet draws its sizes anew
+    if applies(b, m) and (b == home(m) or m in FAST) and m != "noah_supernet"
 ]
 
 
@@ -80,11 +80,8 @@ COMPILED = [
 def test_a_pack_compiles_as_one_graph(backbone, method, images):
     """With dropout, and forth and back as without compiling."""
     torch.compiler.reset()
-    model = jitter(tiny(backbone, method)).train()
-    try:
-        pack = Pack(model, model, starts_of(model, 3), train.spared("one_dim"))
-    except Unstackable:
-        pytest.skip("its running statistics train along")
+    model = stackable(jitter(tiny(backbone, method)))
+    pack = Pack(model, model, starts_of(model, 3), train.spared("one_dim"))
     leaves = [leaf for k in pack.members for leaf in pack.trained(k)]
 
     def step() -> list[torch.Tensor]:
@@ -275,16 +272,9 @@ def test_a_pack_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path, monkeypat
     if diverging:
         common.remove("method=lora"), common.remove("method.dropout=0.1")
     whole = train.run_pack(cfgs("whole"))
-    real = train.learning_rate
-
-    def crash(step: int, *rest) -> float:
-        if step == 12:
-            raise MemoryError("no room")
-        return real(step, *rest)
-
-    monkeypatch.setattr(train, "learning_rate", crash)
-    assert all(isinstance(outcome, MemoryError) for outcome in train.run_pack(cfgs("cut")))
-    steps: list[int] = []
+    with ending_before(12):
+        assert all(isinstance(outcome, MemoryError) for outcome in train.run_pack(cfgs("cut")))
+    real, steps = train.learning_rate, []
     monkeypatch.setattr(
         train, "learning_rate", lambda step, *rest: (steps.append(step), real(step, *rest))[1]
     )

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import (
 from tqdm import tqdm
 
 from data.manifest import replacing
+from eval import device_name
 from peft.config import build, catalogue, check_applies, compose, near
 
 RESULTS = Path(__file__).parents[2] / "results" / "bench"
@@ -49,7 +50,7 @@ def hardware(device: str) -> dict[str, str | int]:
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if there else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "device": device_name(torch.device(device)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pillow": PIL.__version__,
