@@ -29,8 +29,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from peft import checks, ledger
 from peft import config as configuration
-from peft import ledger
 from peft import record as records
 from peft.cells import Cell, Derived, Run, cells_of, seconds_left
 from peft.rows import rows_told
@@ -40,7 +40,8 @@ PASSED = ("device", "workers", "runs_dir", "data_root", "weights_dir")
 
 
 def cells(cfg: DictConfig) -> list[Cell]:
-    """The cells of a sweep, under the sampler that was asked for."""
+    """The cells of a sweep, under the sampler that was asked for, their values checked."""
+    checks.check(configuration.plain(cfg))
     make = Cell
     if cfg.sampler.name != "grid":
         from scripts.sampler import Sampled
@@ -49,7 +50,20 @@ def cells(cfg: DictConfig) -> list[Cell]:
         make = partial(Sampled, **options)
     machine = [f"{key}={cfg[key]}" for key in PASSED]
     chosen = configuration.plain(cfg.rows), configuration.plain(cfg.datasets)
-    return cells_of(configuration.plain(cfg.sweep), [*machine, *cfg.overrides], make, *chosen)
+    made = cells_of(configuration.plain(cfg.sweep), [*machine, *cfg.overrides], make, *chosen)
+    check(made, list(cfg.overrides), table=bool(cfg.sweep.get("rows")))
+    return made
+
+
+def check(cells: list[Cell], words: list[str], table: bool) -> None:
+    """Raises ValueError for what no run of a sweep can mean, before the first one starts."""
+    points = [item for cell in cells for run in cell.grid for item in run.point.items()]
+    varied = {path for path, _ in points}
+    checks.check_words(words, varied, table)
+    checks.check_values(points)
+    for cell in (cell for cell in cells if not isinstance(cell, Derived)):
+        first = cell.grid[0] if cell.grid else cell.variant({})
+        checks.check(first.config)
 
 
 class Execution:
@@ -95,7 +109,8 @@ class Execution:
     def submit(self, engine) -> None:
         """Hands out what fits: runs of one cell, as many at once as can be packed. Of a pack, as
         many train at a time as memory holds; on a CPU packing was measured not to pay."""
-        most = (32 if engine.gpu else 1) if self.cfg.pack == "auto" else int(self.cfg.pack)
+        sizes = {"auto": 32 if engine.gpu else 1, "all": len(self.todo)}
+        most = sizes.get(self.cfg.pack) or int(self.cfg.pack)
         pack = min(most, -(-len(self.todo) // max(1, engine.capacity // 2)))
         while self.todo and len(self.flying) < engine.capacity:
             cell, run = self.todo.popleft()

@@ -12,7 +12,6 @@ its last checkpoint, to the same bits on the CPU.
 
 import gc
 import math
-import re
 import time
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from peft import record as records
 from peft.checkpoint import History, Stop, resume, save_state
 from peft.member import Run, weights_name
 from peft.memory import checkpointed, fastest_pack, out_of_memory, peak_memory, with_advice
-from peft.optimiser import check, learning_rate, length, make_optimizer, spared
+from peft.optimiser import learning_rate, length, make_optimizer, spared
 from peft.pack import Pack, Unstackable, entropies, numbers_of, why_not
 from peft.watch import Progress, describe, mirror, write_log
 
@@ -40,6 +39,7 @@ from peft.watch import Progress, describe, mirror, write_log
 def run(cfg: DictConfig) -> float:
     """Trains and scores one run, or finds it done. Returns its headline accuracy in percent."""
     if cfg.info:
+        Run(cfg).check()
         print(f"{cfg.method.name} on {cfg.backbone.name}, {cfg.dataset.num_classes} classes")
         print(describe(model_of(cfg, torch.device("cpu"))))
         return 0.0
@@ -65,9 +65,7 @@ def run_pack(cfgs: list[DictConfig]) -> list[float | Exception]:
             f"these {len(runs)} runs cannot be stacked: {reason}; train them one at a time"
         )
     for one in runs:
-        check(one.cfg.optim)
-        if not re.fullmatch("auto|all|[1-9][0-9]*", str(one.cfg.pack)):
-            raise ValueError(f"pack={one.cfg.pack} is neither auto, nor all, nor a number from 1")
+        one.check()
     device = parallel.join(device_of(cfgs[0].device))
     found: dict[Path, float | Exception] = {}
     waiting = {}

@@ -229,6 +229,12 @@ def check(sweep: Mapping) -> None:
     if isinstance(sweep.get("variants"), Mapping):
         axes += sweep["variants"].items()
     grid = sweep.get("grid") or {}
+    parts = grid if isinstance(grid, list) else [grid]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError(
+            f"sweep {sweep['name']}: grid is {grid!r} and should be "
+            "{path: [values]}, or a list of such"
+        )
     if isinstance(grid, Mapping):
         axes += grid.items()
     else:  # in a part of several, what is no list is the only value of its axis

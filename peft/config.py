@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+PROGRAMS = ("train", "eval", "sweep")
 # what a backbone's yaml tells build_backbone
 BUILDING = ("patch", "smallest", "accepts", "fixed", "head", "unused", "original")
 _composing = threading.Lock()
@@ -65,7 +66,7 @@ def compose(config_name: str = "train", overrides: Sequence[str] = ()) -> DictCo
         try:
             return hydra.compose(config_name, list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(error)) from error
+            raise ValueError(explain(error, config_name)) from error
 
 
 def near(name: str, known: Sequence[str]) -> str:
@@ -77,7 +78,29 @@ def near(name: str, known: Sequence[str]) -> str:
     )
 
 
-def explain(error: Exception) -> str:
+def taken(config_name: str) -> list[str]:
+    """The keys and groups that a program takes on its command line."""
+    node = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    parts = [key for part in node.pop("defaults") if isinstance(part, DictConfig) for key in part]
+    groups = {part for part in parts if not part.startswith("override ")}
+    return sorted(groups | node.keys() - {"hydra"})
+
+
+def unknown(name: str, config_name: str) -> str:
+    """What to say of a key or group that a program does not take."""
+    others = [f"{other}.py" for other in PROGRAMS if name in taken(other)]
+    if others:
+        known = ", ".join(taken(config_name))
+        return f"{name!r} is for {' and '.join(others)}, {config_name}.py takes: {known}"
+    if (CONFIGS / name).is_dir():
+        return (
+            f"configs/{name} is not chosen on a command line: sweeps and experiments name its "
+            "entries, see python sweep.py experiment=rlrr/table2 action=plan"
+        )
+    return f"there is no key or group {name!r}; {near(name, taken(config_name))}"
+
+
+def explain(error: Exception, config_name: str) -> str:
     """Hydra's and OmegaConf's errors in one paragraph, with near names."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.removesuffix(".yaml").partition("/")
@@ -88,15 +111,13 @@ def explain(error: Exception) -> str:
     if parent is None:
         parent = getattr(error.__cause__, "parent_node", None)
     if full_key and isinstance(parent, DictConfig):
-        leaf, known = full_key.rpartition(".")[2], sorted(map(str, parent))
-        return f"there is no key {full_key!r}; {near(leaf, known)}"
+        above, _, leaf = full_key.rpartition(".")
+        if not above:
+            return unknown(leaf, config_name)
+        return f"there is no key {full_key!r}; {near(leaf, sorted(map(str, parent)))}"
     text = " ".join(str(part).split("\n")[0] for part in (error, error.__cause__) if part)
     group = re.search(r"Could not override '([\w/]+)'", text)
-    if group:
-        folders = sorted(f.name for f in CONFIGS.iterdir() if f.is_dir())
-        keys = sorted({*folders, *OmegaConf.load(CONFIGS / "train.yaml")} - {"defaults", "hydra"})
-        return f"there is no key or group {group[1]!r}; {near(group[1], keys)}"
-    return text
+    return unknown(group[1], config_name) if group else text
 
 
 def entry(config_name: str) -> Callable:
@@ -126,7 +147,7 @@ def entry(config_name: str) -> Callable:
             except KeyboardInterrupt:
                 _stop("interrupted", 130)
             except (HydraException, OmegaConfBaseException) as error:
-                _stop(explain(error), 1)
+                _stop(explain(error, config_name), 1)
             except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
                 _stop(str(error), 1)
 

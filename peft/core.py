@@ -106,7 +106,11 @@ def attach(
             )
         bases = resolve(model, placement["sites"], placement.get("layers"))
         make: Callable = placement["tuner"]
-        made = make({path: standing.get(path, base) for path, base in bases.items()})
+        try:
+            made = make({path: standing.get(path, base) for path, base in bases.items()})
+        except TypeError as error:  # rank=2.5, rank=many
+            given = ", ".join(f"{k}={v}" for k, v in getattr(make, "keywords", {}).items())
+            raise TypeError(f"{', '.join(placement['sites'])} with {given}: {error}") from error
         for path, tuner in made.items():
             names = set(own_parameters(tuner))
             if path in standing and names & set(own_parameters(standing[path])):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from peft import checks, parallel
 from peft import config as configuration
-from peft import parallel
 from peft import record as records
 
 
@@ -24,6 +24,10 @@ class Run:
         self.config = records.portable(configuration.plain(self.cfg))
         self.key = records.key_of(self.config)
         self.folder = records.folder_of(self.config, self.cfg.runs_dir)
+
+    def check(self) -> None:
+        """Raises ValueError, naming the key, for a value that no run can mean."""
+        checks.check(configuration.plain(self.cfg))
 
     def done(self) -> float | None:
         """Its headline accuracy, where it has a record and is not forced to run again."""

@@ -167,7 +167,7 @@ def test_a_rate_for_another_batch_size_grows_with_the_batch(tmp_path):
     plain = config(tmp_path, "optim.lr=5", "optim.batch_size=128")
     rates = [train.learning_rate(step, 5, base.optim) for step in range(15)]
     assert rates == [train.learning_rate(step, 5, plain.optim) for step in range(15)]
-    with pytest.raises(ValueError, match=r"optim.lr_base_size=0 should be null or more than 0"):
+    with pytest.raises(ValueError, match=r"optim.lr_base_size=0 should be null or a number"):
         train.run(config(tmp_path, "optim.lr_base_size=0"))
 
 

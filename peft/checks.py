@@ -1,0 +1,156 @@
+"""What the values of a run or sweep may be: asked before anything is built, by `train.py` of one
+run, by `sweep.py` of all of them. Hydra says what a key is called, this what it may hold.
+
+Needs neither torch nor Hydra.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would
+
+
+def number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def numbers(means: str, fits: Callable[[float], bool]) -> Rule:
+    return lambda v: number(v) and fits(v), f"a number {means}"
+
+
+def counts(least: int) -> Rule:
+    return lambda v: whole(v) and v >= least, f"a whole number from {least}"
+
+
+def one_of(*names: str) -> Rule:
+    return lambda v: v in names, f"one of {', '.join(names)}"
+
+
+def nullable(rule: Rule) -> Rule:
+    fits, means = rule
+    return lambda v: v is None or fits(v), f"null or {means}"
+
+
+def lists(rule: Rule) -> Rule:
+    fits, means = rule
+    return lambda v: isinstance(v, list) and all(map(fits, v)), f"a list, [...], each of it {means}"
+
+
+switch: Rule = (lambda v: isinstance(v, bool), "true or false")
+text: Rule = (lambda v: isinstance(v, str), "a name")
+positive, from_zero = numbers("above 0", lambda v: v > 0), numbers("from 0", lambda v: v >= 0)
+fraction = numbers("from 0 to below 1", lambda v: 0 <= v < 1)
+
+RULES: dict[str, Rule] = {
+    "phase": one_of("final", "grid"),
+    "seed": counts(0),
+    "data_seed": counts(0),
+    "image_size": counts(1),
+    "precision": one_of("bf16", "fp16", "fp32"),
+    "workers": counts(0),
+    "pack": (
+        lambda v: bool(re.fullmatch("auto|all|[1-9][0-9]*", str(v))),
+        "auto, all or a number from 1",
+    ),
+    "compile": (lambda v: isinstance(v, (bool, str)), "true, false or a mode of torch.compile"),
+    "grad_checkpointing": switch,
+    "checkpoint_seconds": from_zero,
+    "info": switch,
+    "force": switch,
+    "dataset.num_classes": counts(1),
+    "protocol.selection": one_of("last", "best_on_test"),
+    "optim.optimizer": one_of("adamw", "sgd"),
+    "optim.lr": positive,
+    "optim.lr_base_size": nullable(positive),
+    "optim.weight_decay": from_zero,
+    "optim.betas": nullable(lists(fraction)),
+    "optim.momentum": nullable(fraction),
+    "optim.epochs": counts(1),
+    "optim.steps": nullable(counts(1)),
+    "optim.warmup_epochs": from_zero,
+    "optim.batch_size": counts(1),
+    "optim.drop_last": switch,
+    "optim.min_lr": from_zero,
+    "optim.restart_epochs": nullable(positive),
+    "optim.restart_factor": numbers("from 1", lambda v: v >= 1),
+    "optim.no_decay": one_of("one_dim", "names", "none"),
+    "optim.clip_norm": nullable(positive),
+    "optim.accumulate": counts(1),
+    "optim.label_smoothing": fraction,
+    "optim.mixup": from_zero,
+    "optim.cutmix": from_zero,
+    "optim.ema": nullable(numbers("between 0 and 1, such as 0.9998", lambda v: 0 < v < 1)),
+    "optim.layer_dropout": fraction,
+    "optim.drop_path": fraction,
+    # of a sweep
+    "rows": nullable(lists(counts(1))),
+    "datasets": nullable(lists(text)),
+    "watch": nullable(positive),
+    "attempts": counts(1),
+    "heartbeat": positive,
+    "claim_timeout": positive,
+    "engine.workers": nullable(counts(1)),
+    "engine.threads": nullable(counts(1)),
+    "sweep.seeds": nullable(lists(counts(0))),
+}
+
+# What a sweep decides for its runs, and how to say it to a sweep, and to one that is a table.
+OWN = {
+    "backbone": ("'sweep.backbone=[{}]'", "rows=[...]: each has its backbone"),
+    "method": ("'sweep.method=[{}]'", "rows=[...]: each has its method"),
+    "dataset": ("'sweep.dataset=[{}]'", "'datasets=[{}]'"),
+    "protocol": ("sweep.protocol={}", "rows=[...]: their recipes have protocols"),
+    "seed": ("'sweep.seeds=[{}]'", "'sweep.seeds=[{}]'"),
+    "phase": ("action=run, which does both", "action=run, which does both"),
+    "selected_from": ("nothing: it is filled in", "nothing: it is filled in"),
+}
+
+
+def check_values(values: Iterable[tuple[str, object]]) -> None:
+    """Raises ValueError for the first of some dotted paths whose value cannot be meant."""
+    for path, value in values:
+        fits, means = RULES.get(path, (lambda _: True, ""))
+        if not fits(value):
+            raise ValueError(f"{path}={value} should be {means}")
+
+
+def check(config: Mapping) -> None:
+    """Raises ValueError, naming the key, for a value that no run or sweep can mean."""
+    values = []
+    for path in RULES:
+        node = config
+        for part in path.split("."):
+            node = node[part] if isinstance(node, Mapping) and part in node else KeyError
+        values += [(path, node)] if node is not KeyError else []
+    check_values(values)
+    optim = config.get("optim")
+    if optim:
+        needs = {"adamw": "betas", "sgd": "momentum"}[optim["optimizer"]]
+        if optim.get(needs) is None:
+            kind = optim["optimizer"]
+            raise ValueError(
+                f"optim.optimizer={kind} needs optim.{needs}: take optim={kind}_cosine"
+            )
+
+
+def check_words(words: Iterable[str], varied: Iterable[str], table: bool) -> None:
+    """Raises ValueError for an override of every run, `key=value`, of what the sweep itself decides
+    or what its grid varies: it would be without effect, or make all cells the same."""
+    varied = set(varied)
+    for word in words:
+        path, _, value = word.lstrip("+~").partition("=")
+        if path in OWN:
+            raise ValueError(
+                f"{word}: a sweep decides that for each of its runs; give "
+                f"{OWN[path][table].format(value)}"
+            )
+        if path in varied:
+            raise ValueError(
+                f"{word} would be without effect: the grid varies {path}; give "
+                f"'sweep.grid={{{path}:[{value}]}}' for a grid of your own"
+            )

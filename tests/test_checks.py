@@ -1,0 +1,83 @@
+"""What the keys of a run are called and what they may hold: every one is asked for."""
+
+import pytest
+from omegaconf import OmegaConf
+
+import peft
+from peft.checks import RULES, check, check_words
+from peft.config import CONFIGS, catalogue, compose, plain, taken
+
+# names of files, folders and devices, and what programs fill in: asked for where they are used
+ELSEWHERE = {"weights", "device", "runs_dir", "data_root", "weights_dir", "selected_from"}
+
+
+def test_every_key_of_a_run_has_a_rule():
+    top = OmegaConf.load(CONFIGS / "train.yaml").keys() - {"defaults", "hydra"} - ELSEWHERE
+    optim = {f"optim.{key}" for name in catalogue("optim") for key in of("optim", name)}
+    assert top | optim - {"optim.name"} <= set(RULES)
+
+
+def of(group: str, name: str) -> dict:
+    return plain(compose("train", [f"{group}={name}"])[group])
+
+
+@pytest.mark.parametrize("path", RULES)
+def test_every_rule_refuses_something(path):
+    fits, means = RULES[path]
+    assert means and not fits({}) and not fits(-1.5)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(g, n) for g in ("protocol", "optim") for n in catalogue(g)]
+)
+def test_the_yamls_keep_to_the_rules(group, name):
+    check(plain(compose("train", [f"{group}={name}"])))
+
+
+@pytest.mark.parametrize("name", catalogue("sweep"))
+def test_sweeps_keep_to_the_rules(name):
+    check(plain(compose("sweep", [f"sweep={name}"])))
+
+
+@pytest.mark.parametrize(
+    ("program", "word", "message"),
+    [
+        (
+            "train",
+            "methud=lora",
+            r"no key or group 'methud'; did you mean method\? There is: backb",
+        ),
+        ("train", "optm.lr=1", "no key or group 'optm'; did you mean optim"),
+        ("train", "optim.lrr=1", "no key 'optim.lrr'; did you mean lr"),
+        (
+            "train",
+            "engine=local",
+            "'engine' is for sweep.py, train.py takes: backbone, checkpoint_",
+        ),
+        ("train", "sweep=mini", "'sweep' is for sweep.py, train.py takes"),
+        ("train", "merged=true", "'merged' is for eval.py, train.py takes"),
+        ("train", "recipe=rlrr_vtab", "sweeps and experiments name its entries"),
+        ("eval", "method=lora", "'method' is for train.py, eval.py takes: checkpoint, combine"),
+        ("eval", "splt=val", "no key or group 'splt'; did you mean split"),
+        ("sweep", "enginee=local", "no key or group 'enginee'; did you mean engine"),
+        ("sweep", "sweep=minni", "no sweep 'minni'; did you mean mini"),
+    ],
+)
+def test_a_wrong_word_names_what_there_is(program, word, message):
+    with pytest.raises(ValueError, match=message):
+        compose(program, [word])
+    assert word.partition("=")[0] not in taken(program) or word == "sweep=minni"
+
+
+def test_a_table_says_how_it_is_narrowed():
+    with pytest.raises(ValueError, match=r"dataset=vtab/dtd: .* give 'datasets=\[vtab/dtd\]'"):
+        check_words(["dataset=vtab/dtd"], (), table=True)
+    with pytest.raises(ValueError, match=r"method=lora: .* rows=\[...\]"):
+        check_words(["method=lora"], (), table=True)
+    check_words(["optim.epochs=1", "+method.rank=2"], ["optim.lr"], table=True)
+
+
+@pytest.mark.parametrize("rank", ["many", 2.5])
+def test_a_value_of_another_kind_is_named_with_its_site(rank):
+    with pytest.raises(TypeError, match=f"qkv.* with rank={rank}, "):
+        peft.create("tiny_vit", "lora", rank=rank)
