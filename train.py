@@ -267,6 +267,8 @@ def fit(
         if asked:
             raise KeyboardInterrupt
 
+    if optim.warmup_epochs * per_epoch >= total and not quiet:
+        print(f"optim.warmup_epochs={optim.warmup_epochs} is all of this run: its rate only grows")
     title = f"{cfg.method.name} {cfg.dataset.name}" + (f" x {len(runs)}" if len(runs) > 1 else "")
     progress = Progress(title, total, history.step, batches.batch_size, quiet)
     with stop, progress:

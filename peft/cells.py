@@ -255,8 +255,12 @@ def over_datasets(names: list[str], datasets: list[str], given: list[str]) -> It
         path = configuration.CONFIGS / "dataset" / f"{dataset}.yaml"
         node = OmegaConf.load(path) if first is not None and path.is_file() else None
         # A dataset's yaml that stands alone is the only thing in which the cells of a row differ:
-        # it need not be composed again.
-        if node is None or "defaults" in node or other:
+        # it need not be composed again. Its usual protocol counts for nothing here.
+        parts = node.pop("defaults", []) if node is not None else []
+        whole = node is not None and all(
+            str(key).startswith("override") for p in parts for key in p
+        )
+        if other or not whole:
             cfg = configuration.compose("train", [*names, f"dataset={dataset}", *given])
             configuration.check_applies(cfg.method, cfg.backbone.family)
             first = first or cfg

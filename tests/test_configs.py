@@ -53,6 +53,18 @@ def test_a_method_says_where_it_comes_from_and_what_it_counts(name):
             placements_of(method, family)
 
 
+@pytest.mark.parametrize("name", catalogue("dataset"))
+def test_a_dataset_brings_the_protocol_of_its_suite(name):
+    """VTAB-1k is not trained for 4 epochs at 56 pixels because nobody named a protocol."""
+    suite = name.partition("/")[0]
+    usual = "mini" if suite in {"mini", "fake"} else f"{suite}_honest"
+    cfg = compose("train", [f"dataset={name}"])
+    assert cfg.protocol.name == usual and cfg.image_size == (56 if usual == "mini" else 224)
+    if usual != "mini":
+        told = compose("train", [f"dataset={name}", f"protocol={suite}_peek", "preset=vtab_none"])
+        assert told.protocol.selection == "best_on_test" and told.preset.name == "vtab_none"
+
+
 def test_every_sweep_composes():
     for name in catalogue("sweep"):
         assert compose("sweep", [f"sweep={name}"]).sweep.name == name.rpartition("/")[2]
