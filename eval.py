@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import data
 import peft
+from peft import checks, derive
 from peft import config as configuration
-from peft import derive
 from peft import record as records
 from peft.labels import match_labels, votes
 from peft.watch import per_class, write_confusion
@@ -196,9 +196,21 @@ def restore(run: str | Path, machine: Mapping) -> tuple[dict, DictConfig]:
     return record, cfg
 
 
+def adapter_of(run: str | Path) -> dict[str, Tensor]:
+    """What a run trained. Raises FileNotFoundError for a record that is kept alone."""
+    path = Path(run) / "adapter.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there: of this run only the record was kept. Train it again (its "
+            "configuration is in record.json) and name that folder"
+        )
+    return load_file(path)
+
+
 def run(cfg: DictConfig) -> float:
     """Reproduces a record's number on `split`, and merges or exports on request; or derives.
     Returns the accuracy."""
+    checks.check(configuration.plain(cfg))
     if not (cfg.run or cfg.combine):
         raise ValueError(
             "say which run: python eval.py run=DIR, a folder that holds record.json and "
@@ -214,7 +226,7 @@ def run(cfg: DictConfig) -> float:
     device = device_of(cfg.device)
     autocast = autocast_of(trained.precision, device)
     model = model_of(trained, device)
-    peft.load_adapter_state(model, load_file(Path(cfg.run) / "adapter.safetensors"))
+    peft.load_adapter_state(model, adapter_of(cfg.run))
     grid = records.scored_as(record) == "grid"
     scored = trained.protocol.tune if grid else trained.protocol.final
     split = cfg.split or scored.score_on
@@ -274,7 +286,7 @@ def derived(cfg: DictConfig, machine: dict) -> float:
     found = [restore(run, machine) for run in runs]
     (first, trained), sources = found[0], [record for record, _ in found]
     alike(runs, sources)
-    states = [load_file(run / "adapter.safetensors") for run in runs]
+    states = [adapter_of(run) for run in runs]
     config = records.derived(sources, change)
     if not cfg.combine:
         state = derive.keep_experts(states[0], cfg.experts)

@@ -87,6 +87,10 @@ RULES: dict[str, Rule] = {
     "optim.ema": nullable(numbers("between 0 and 1, such as 0.9998", lambda v: 0 < v < 1)),
     "optim.layer_dropout": fraction,
     "optim.drop_path": fraction,
+    # of an evaluation
+    "per_class": switch,
+    "merged": switch,
+    "combine": nullable(lists(text)),
     # of a sweep
     "rows": nullable(lists(counts(1))),
     "datasets": nullable(lists(text)),

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PROGRAMS = ("train", "eval", "sweep")
+# what Hydra's grammar complains of, and what was probably meant
+HINTS = {
+    "Ambiguous value for argument": "several values are several runs: add -m",
+    "Error parsing override": "an option is key=value, such as method=lora",
+    "no viable alternative at input": "is that argument whole, and quoted for the shell?",
+}
 # what a backbone's yaml tells build_backbone
 BUILDING = ("patch", "smallest", "accepts", "fixed", "head", "unused", "original")
 _composing = threading.Lock()
@@ -117,7 +123,11 @@ def explain(error: Exception, config_name: str) -> str:
         return f"there is no key {full_key!r}; {near(leaf, sorted(map(str, parent)))}"
     text = " ".join(str(part).split("\n")[0] for part in (error, error.__cause__) if part)
     group = re.search(r"Could not override '([\w/]+)'", text)
-    return unknown(group[1], config_name) if group else text
+    if group:
+        return unknown(group[1], config_name)
+    if empty := re.search(r"Could not find '(\w+)/'", text):  # method=
+        return f"{empty[1]} has no value; there is: {', '.join(catalogue(empty[1]))}"
+    return "; ".join([text, *(hint for said, hint in HINTS.items() if said in text)])
 
 
 def entry(config_name: str) -> Callable:

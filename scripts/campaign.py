@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from peft import record as records
+from scripts.prepare import number, options
 
 ROOT = Path(__file__).parent.parent
 SWEEP = [
@@ -88,8 +89,9 @@ def found(folder: Path) -> dict[str, dict]:
 
 
 def main(arguments: list[str]) -> dict:
-    given = {"kills": "20", "seed": "0", "folder": ""} | dict(a.split("=", 1) for a in arguments)
-    folder = Path(given["folder"] or tempfile.mkdtemp(prefix="campaign-"))
+    given = options(arguments, {"kills", "seed", "folder"})
+    kills, seed = number(given, "kills", 20), number(given, "seed", 0, 0)
+    folder = Path(given.get("folder") or tempfile.mkdtemp(prefix="campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
     calm, fire = folder / "calm", folder / "fire"
     begun = time.monotonic()
@@ -97,7 +99,7 @@ def main(arguments: list[str]) -> dict:
         raise RuntimeError(f"the undisturbed sweep failed, see {folder / 'calm.log'}")
     took = time.monotonic() - begun
     begun = time.monotonic()
-    killed = disturbed(fire, folder / "fire.log", int(given["kills"]), int(given["seed"]))
+    killed = disturbed(fire, folder / "fire.log", kills, seed)
     expected, left = found(calm), found(fire)
     ends = {
         log.parent.name: log.read_text(errors="replace").count(" on fake: ")
@@ -123,4 +125,7 @@ def main(arguments: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

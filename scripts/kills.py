@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scripts.prepare import options
+from scripts.prepare import number, options
 
 RUN = (
     *("backbone=tiny_vit", "dataset=fake", "image_size=32", "method=lora", "method.dropout=0.1"),
@@ -130,7 +130,7 @@ def kill(count: int, seed: int) -> int:
 def main(arguments: list[str]) -> int:
     try:
         given = options(arguments, {"kills", "seed"})
-        count, seed = int(given.get("kills", 50)), int(given.get("seed", 0))
+        count, seed = number(given, "kills", 50), number(given, "seed", 0, 0)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import eval as evaluation
 import peft
@@ -50,7 +49,7 @@ def search(run: Path, device: str, workers: int, data_root: str | None, **settin
         return found
     where = evaluation.device_of(device)
     model = evaluation.model_of(cfg, where)
-    peft.load_adapter_state(model, load_file(run / "adapter.safetensors"))
+    peft.load_adapter_state(model, evaluation.adapter_of(run))
     loader = evaluation.loader_of(cfg, cfg.protocol.tune.score_on, where, train=False)
     autocast = evaluation.autocast_of(cfg.precision, where)
     (supernet,) = [m for m in model.modules() if isinstance(m, Supernet)]

@@ -54,6 +54,14 @@ def flag(given: Mapping[str, str], key: str) -> bool:
     return value == "true"
 
 
+def number(given: Mapping[str, str], key: str, default: int, least: int = 1) -> int:
+    """An option that counts something. Raises ValueError for what is no such number."""
+    text = given.get(key, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{key}={text} must be a whole number from {least} on")
+    return int(text)
+
+
 def wants_help(arguments: list[str]) -> bool:
     return any(argument in ("-h", "--help", "help") for argument in arguments)
 

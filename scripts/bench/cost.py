@@ -26,9 +26,9 @@ from scripts.bench.measure import (
     configured,
     counted,
     model_of,
-    number,
     progress_over,
 )
+from scripts.prepare import number
 
 OPTIONS = {
     "device": "is of no consequence here",

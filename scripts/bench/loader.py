@@ -21,6 +21,7 @@ import data
 from data.pictures import Files, decode
 from scripts.bench import measure
 from scripts.bench.step import model_in, training
+from scripts.prepare import number
 
 OPTIONS = {
     "device": "cpu or cuda",
@@ -150,13 +151,13 @@ def streamed(device: str, count: int, batch: int) -> dict[str, float | list]:
 
 
 def loader(given: Mapping[str, str]) -> dict:
-    device, batch = given["device"], measure.number(given, "batch", 32)
-    count = measure.number(given, "images", 1000)
+    device, batch = given["device"], number(given, "batch", 32)
+    count = number(given, "images", 1000)
     sizes = [
         cached_and_decoded(device, count, batch, int(size))
         for size in measure.progress_over(["32", "96", "480"], "loader (sizes)")
     ]
-    stream = streamed(device, measure.number(given, "stream", 73_728), batch)
+    stream = streamed(device, number(given, "stream", 73_728), batch)
     used = batch if device.startswith("cuda") else min(batch, 8)
     step = step_seconds(device, used) / used
     slowest = min(row["cached_images_per_second"] for row in sizes)

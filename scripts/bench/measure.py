@@ -26,6 +26,7 @@ from tqdm import tqdm
 from data.manifest import replacing
 from eval import device_name
 from peft.config import build, catalogue, check_applies, compose, near
+from scripts.prepare import number
 
 RESULTS = Path(__file__).parents[2] / "results" / "bench"
 CLASSES = 100
@@ -66,14 +67,6 @@ def write(name: str, device: str, result: Mapping) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
-
-
-def number(given: Mapping[str, str], key: str, default: int, least: int = 1) -> int:
-    """An option that counts something. Raises ValueError for what is no such number."""
-    text = given.get(key, str(default))
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{key}={text} must be a whole number from {least} on")
-    return int(text)
 
 
 class Shape(NamedTuple):

@@ -23,6 +23,7 @@ from peft.optimiser import make_optimizer, spared
 from peft.pack import Pack
 from scripts.bench import measure
 from scripts.bench.measure import Shape
+from scripts.prepare import number
 
 OPTIONS = {
     "device": "cpu or cuda",
@@ -100,7 +101,7 @@ def packs(method: str, shape: Shape, members: list[int], rate: float, modes: lis
 def pack(given: Mapping[str, str]) -> dict:
     shape = measure.shape_of(given, batch=8, rounds=3)
     listed = given.get("members", "1,2,4,8,16,32,64" if shape.on_gpu else "1,2,4").split(",")
-    members = [measure.number({"members": k}, "members", 1) for k in listed]
+    members = [number({"members": k}, "members", 1) for k in listed]
     methods, _ = measure.chosen(given, shape.backbone, ("lora", "rlrr"))
     asked = given.get("compile", "false")
     modes = {"false": [False], "true": [False, True]}.get(asked, [False, asked])

@@ -26,6 +26,7 @@ from peft.optimiser import make_optimizer, spared
 from peft.pack import Pack
 from scripts.bench import measure
 from scripts.bench.loader import images_of, pictures
+from scripts.prepare import number
 
 OPTIONS = {
     "device": "cpu or cuda",
@@ -162,10 +163,10 @@ def run(given: Mapping[str, str]) -> dict:
     given = {"blocks": "12", "rounds": str(TIMED), **given}
     shape = measure.shape_of(given, batch=8, rounds=TIMED)
     device, batch, on_gpu = shape.device, shape.batch, shape.on_gpu
-    images = measure.number(given, "images", TRAIN if on_gpu else 16)
-    test = measure.number(given, "test", TEST if on_gpu else 32)
-    pixels = measure.number(given, "pixels", 256)
-    workers = measure.number(given, "workers", 4 * on_gpu, 0)
+    images = number(given, "images", TRAIN if on_gpu else 16)
+    test = number(given, "test", TEST if on_gpu else 32)
+    pixels = number(given, "pixels", 256)
+    workers = number(given, "workers", 4 * on_gpu, 0)
     cfg = measure.configured(shape.backbone, given.get("method", "lora"), shape.depth)
     naive, ours = (measure.model_of(cfg, device) for _ in range(2))
     steps = plain_step(naive, device), our_step(cfg, ours, device)
