@@ -2,8 +2,13 @@
 AutoFormer (Chen et al., ICCV 2021, arXiv:2107.00651).
 
 A sub-network has, for each kind of part, a depth and a size for every block, which counts in the
-first blocks up to that depth. `Supernet` is trained by drawing one for every step; `evolve` then
-breeds sub-networks whose score, an accuracy on the validation split, is read out of it.
+first blocks up to that depth: so does the released code. `Supernet` is trained by drawing one for
+every step; `evolve` then breeds sub-networks whose score, an accuracy on the validation split, is
+read out of it.
+
+Mutation and crossover are AutoFormer's, size by size. The released code takes less: a mutation
+changes at most the depths of the kinds (each with 0.2 * 0.4), and a child has each kind's sizes
+whole from one parent. Most of its mutants are networks that it has seen.
 """
 
 import random
