@@ -3,15 +3,18 @@
 A block may hold prompts, a LoRA on its fused qkv layer and an adapter after its MLP, each of its
 own size, zero being none:
 
-    [x, E] = L([x, E, P])[..-p],   qkv(x) + B A drop(x),   h + U drop(act(D h))
+    [x, E] = L([x, drop(P)])[..-p],   qkv(x) + B A drop(x),   h + U drop(act(D h))
 
 P (p, d), A (r, d) and B (3 d, r) for q, k and v together, D (b, d), U (d, b) with biases, act the
 QuickGELU. The sizes are searched (`supernet`): p, r and b of a part may be lowered to its first
-rows while it stands, and the best network is trained afresh.
+rows while it stands, and the best network is trained afresh. A block's prompts are cut off behind
+it where the next block has its own; the last ones stay among the tokens to the end.
 
 The released code overwrites its initialisations with a truncated normal of 0.02 and zero biases
 (init="normal_002"): B and U do not start at zero. "zero_up" is what the parts' own papers have.
-The additional input prompt of its first block, with a position embedding, is not here.
+Three things of it are not here: the input prompt with a position embedding, which its first block
+cuts off before anything reads it; unused rows (100 are allocated, which also makes the prompts'
+uniform start narrower); and stochastic depth before the adapter instead of after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,12 +39,22 @@ class Prompts(Tuner):
     def __init__(self, base: nn.Module, size: int, patch: int, dropout: float, init: str):
         super().__init__(base)
         self.size, self.most, channels = size, size, width(base)
-        bound = (6 / (3 * patch**2 + channels)) ** 0.5  # as in VPT
+        self.stay, self.dropout = False, nn.Dropout(dropout)
+        # Xavier's for (1, p, d), a convolution's shape, as released; or as in VPT
+        fans = (size + 1) * channels if init == "normal_002" else 3 * patch**2 + channels
+        bound = (6 / fans) ** 0.5
         self.prompts = nn.Parameter(torch.empty(size, channels).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        prompts = self.prompts[: self.size].expand(len(x), -1, -1)
-        return self.base(torch.cat([x, prompts], 1))[:, : x.shape[1]]
+        prompts = self.dropout(self.prompts[: self.size].expand(len(x), -1, -1))
+        out = self.base(torch.cat([x, prompts], 1))
+        return out if self.stay else out[:, : x.shape[1]]
+
+
+def stays(sizes: Sequence[int]) -> list[bool]:
+    """Of which blocks the prompts go on to the next: where there are some, and it has none."""
+    after = [*sizes[1:], 1]
+    return [size > 0 and follows == 0 for size, follows in zip(sizes, after)]
 
 
 class LoRA(WeightTuner):
@@ -123,4 +136,6 @@ def over(
                 tuners[path] = part(base, sizes[part.kind][at], **kwargs)
             except ValueError as error:
                 raise ValueError(f"{part.__name__} at {path}: {error}") from error
+            if block:
+                tuners[path].stay = stays(sizes["prompts"])[at]
     return tuners

@@ -5,8 +5,9 @@
     python -m scripts.noah RUN [--limit PARAMETERS] [--generations 15] [--seed 0]
 
 RUN is the folder of the supernet's grid run: trained on the tuning split, so that the validation
-split, on which sub-networks are scored, is new to it. As released, a sub-network has at most 640,000
-parameters (--limit 640000). Prints the command of the final training, and leaves subnet.json in RUN.
+split, on which sub-networks are scored, is new to it. As released, a sub-network has at most
+640,000 parameters (--limit 640000). Prints the command of the final training, and leaves
+subnet.json in RUN.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import peft
 import train
 from peft import record as records
 from peft.config import compose
-from peft.noah import KINDS, Adapter, LoRA
+from peft.noah import KINDS, Adapter, LoRA, Prompts, stays
 from peft.supernet import Space, Supernet, evolve, expanded
 from scripts import noah
 
@@ -68,6 +68,43 @@ def test_by_hand():
     assert adapter(torch.full((1, 1), 2.0)).item() == pytest.approx(expected)
     adapter.size = 0
     assert adapter(torch.full((1, 1), 2.0)).item() == 2.0
+
+
+def test_the_last_prompts_stay_to_the_end(images):
+    """As released: a block with prompts takes the place of those before it, one without leaves
+    them. Prompts in the first of three blocks are seen by the two others, those in the first two
+    are not seen by each other."""
+    seen = []
+
+    def lengths(sizes: list[int]) -> list[int]:
+        model = tiny(
+            "tiny_vit", "noah", prompts=sizes, rank=0, hidden=0, **{"backbone.model.depth": 3}
+        )
+        seen.clear()
+        for block in (m for m in model.modules() if type(m).__name__ == "Block"):
+            block.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+        model.eval()(images)
+        return [length - seen[0] + sizes[0] for length in seen]
+
+    assert lengths([5, 0, 0]) == [5, 5, 5]
+    assert lengths([5, 1, 0]) == [5, 1, 1]
+    assert lengths([5, 2, 3]) == [5, 2, 3]
+    assert stays([5, 0, 2, 1]) == [True, False, False, False]
+
+
+def test_prompts_start_and_drop_as_released():
+    """Xavier's bound for (1, p, d): sqrt(6 / (p d + d)); each image drops entries of its own."""
+    block = Prompts(torch.nn.Linear(64, 64), 10, 16, 0.5, "normal_002")
+    bound = (6 / (10 * 64 + 64)) ** 0.5
+    assert 0.95 * bound < block.prompts.abs().max() <= bound
+    seen = []
+    block.base.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][:, -10:]))
+    block(torch.zeros(2, 3, 64))
+    kept = seen[0] != 0
+    assert (kept[0] != kept[1]).any() and 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(seen[0][kept], (2 * block.prompts).expand(2, -1, -1)[kept])
+    vpts = Prompts(torch.nn.Linear(64, 64), 10, 16, 0.5, "zero_up").prompts.abs().max()
+    assert 0.95 < vpts / (6 / (3 * 16**2 + 64)) ** 0.5 <= 1
 
 
 def test_training_draws_a_network_a_step_and_reaches_every_tensor(images):
