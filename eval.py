@@ -73,6 +73,7 @@ def model_of(cfg: DictConfig, device: torch.device) -> nn.Module:
         image_size=cfg.image_size,
         layer_dropout=cfg.optim.layer_dropout,
         drop_path=cfg.optim.drop_path,
+        head_init=cfg.optim.get("head_init", "zero"),  # records of before have none
     )
     return model.to(device)
 

@@ -201,7 +201,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
         headline = "top1_val" if cfg.phase == "grid" else "top1_last"
         metrics = {headline: accuracy, "loss_last": log[-1]["loss"]}
         if peeks:
-            metrics["top1_best"] = max(row["top1"] for row in log)
+            metrics["top1_best"] = max(row["top1"] for row in log if row["top1"] is not None)
         results.append(
             one.record(
                 metrics=metrics,
@@ -323,8 +323,9 @@ def fit(
                     "images": int(seen),
                 }
                 if peek is not None:
+                    due = history.step == total or (epoch + 1) % cfg.protocol.peek_every == 0
                     with pack.shown(k):
-                        row["top1"] = evaluate(*peek, autocast)
+                        row["top1"] = evaluate(*peek, autocast) if due else None
                 history.logs[k].append(row)
                 if not quiet:
                     write_log(runs[k].folder, history.logs[k])

@@ -4,7 +4,8 @@
 
 * `Adapter`: h + Adapter(h), h the output of a sub-layer before the residual sum. On attention and
   MLP it is Houlsby's, on the MLP alone Pfeiffer's (arXiv:2005.00247), which is what visual tables
-  call Adapter.
+  call Adapter. Stochastic depth drops it with the sub-layer (VPT); in NOAH's code the adapter reads
+  the sub-layer's output after the drop and is itself never dropped.
 * `AdaptFormer` (Chen et al., NeurIPS 2022, arXiv:2205.13535, section 3.2): x + MLP(LN(x)) + s
   Adapter(x), beside the MLP. Its branch reads the residual stream x before the norm: so the
   released code, while a figure of the paper shows it behind the norm.

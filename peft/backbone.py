@@ -8,6 +8,7 @@ else here reads that one mapping.
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,12 +30,14 @@ def build_backbone(
     weights: str | Path | None = None,
     original: str | None = None,
     unused: str | None = None,
+    fresh: str | None = None,
     image_size: int | None = None,
     patch: int = 1,
     smallest: int = 1,
     accepts: Mapping[str, str] = MappingProxyType({"drop_path": "drop_path_rate"}),
     drop_path: float = 0.0,
     layer_dropout: float = 0.0,
+    head_init: str = "zero",
     fixed: Sequence[str] = (),
     head: Mapping | None = None,
     **kwargs,
@@ -43,12 +46,12 @@ def build_backbone(
 
     `model` is a factory such as a partial of `timm.create_model`; `kwargs` go to it, and so do
     `image_size` and `drop_path` under the argument names that `accepts` gives them. With
-    `pretrained` the weights come from `weights` (a file in its original format; see `load_weights`
-    for it, `original` and `unused`) or, when that is null, from where the factory finds them.
+    `pretrained` the weights come from `weights` (a file in its original format; for it, `original`,
+    `unused` and `fresh` see `load_weights`) or, when that is null, from where the factory finds
+    them.
     `fixed` names parameters that pre-training never trained (MoCo-v3's sin-cos position
-    embedding): they become buffers. The head starts at zero, as in the released RLRR and ARC: at
-    the start no class is preferred, whatever the features. With `head` {classes, keep} it is
-    instead the checkpoint's own head of `classes` rows, cut down to the rows `keep`, one a class.
+    embedding): they become buffers. The head starts as `start_head` says, or with `head` {classes,
+    keep} as the checkpoint's own head of `classes` rows, cut down to the rows `keep`, one a class.
     Raises ValueError for an image size or rate that does not fit, or another model's weights file.
     """
     if image_size is not None and (image_size < smallest or image_size % patch):
@@ -81,7 +84,8 @@ def build_backbone(
     net.sites = dict(sites)
     if pretrained and weights is not None:
         kept = rows is not None
-        load_weights(net, Path(weights), head_path(net), kept, unused=unused, original=original)
+        names = {"unused": unused, "fresh": fresh, "original": original}
+        load_weights(net, Path(weights), head_path(net), kept, **names)
     for name in fixed:
         owner, _, leaf = name.rpartition(".")
         tensor = net.get_parameter(name).detach()
@@ -93,8 +97,7 @@ def build_backbone(
         classifier.weight = nn.Parameter(classifier.weight.detach()[rows])
         classifier.bias = nn.Parameter(classifier.bias.detach()[rows])
     elif isinstance(classifier, nn.Linear):
-        for parameter in classifier.parameters():
-            nn.init.zeros_(parameter)
+        start_head(classifier, head_init)
     if layer_dropout:
         blocks = list(resolve(net, ["block"]))
         # RLRR's released "drop path": elementwise, from 0 to the rate over the depth
@@ -102,6 +105,25 @@ def build_backbone(
             depth = next(i for i, block in enumerate(blocks) if path.startswith(block + "."))
             drop.p = layer_dropout * depth / max(1, len(blocks) - 1)
     return net
+
+
+def start_head(classifier: nn.Linear, init: str) -> None:
+    """Fills a fresh classifier as released code does. "zero": RLRR and ARC on ViT; at the start no
+    class is preferred, whatever the features. "linear", what torch does: FacT, Convpass,
+    RepAdapter. "normal_002": NOAH, SSF, and RLRR and ARC on Swin. "kaiming_out": VPT, N(0, 2 /
+    classes), the fewer classes the wider. (VPT's bias of -4.595 for every class is left out: a
+    softmax does not see it.)"""
+    if init == "linear":
+        return classifier.reset_parameters()
+    starts = {
+        "zero": nn.init.zeros_,
+        "normal_002": partial(nn.init.trunc_normal_, std=0.02),
+        "kaiming_out": partial(nn.init.kaiming_normal_, mode="fan_out"),
+    }
+    if init not in starts:
+        raise ValueError(f"head_init={init}: there is {', '.join(starts)}, linear")
+    starts[init](classifier.weight)
+    nn.init.zeros_(classifier.bias)
 
 
 def resolve(model: nn.Module, sites: Sequence[str], layers: Layers = None) -> dict[str, nn.Module]:

@@ -64,6 +64,7 @@ RULES: dict[str, Rule] = {
     "force": switch,
     "dataset.num_classes": counts(1),
     "protocol.selection": one_of("last", "best_on_test"),
+    "protocol.peek_every": counts(1),
     "optim.optimizer": one_of("adamw", "sgd"),
     "optim.lr": positive,
     "optim.lr_base_size": nullable(positive),
@@ -76,6 +77,9 @@ RULES: dict[str, Rule] = {
     "optim.batch_size": counts(1),
     "optim.drop_last": switch,
     "optim.min_lr": from_zero,
+    "optim.schedule": one_of("step", "timm_epoch", "timm_late"),
+    "optim.warmup_lr": from_zero,
+    "optim.head_init": one_of("zero", "linear", "normal_002", "kaiming_out"),
     "optim.restart_epochs": nullable(positive),
     "optim.restart_factor": numbers("from 1", lambda v: v >= 1),
     "optim.no_decay": one_of("one_dim", "names", "none"),
@@ -140,6 +144,8 @@ def check(config: Mapping) -> None:
             raise ValueError(
                 f"optim.optimizer={kind} needs optim.{needs}: take optim={kind}_cosine"
             )
+        if optim["schedule"] != "step" and optim["restart_epochs"]:
+            raise ValueError("optim.restart_epochs goes with optim.schedule=step only")
 
 
 def check_words(words: Iterable[str], varied: Iterable[str], table: bool) -> None:

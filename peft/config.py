@@ -37,7 +37,7 @@ HINTS = {
     "no viable alternative at input": "is that argument whole, and quoted for the shell?",
 }
 # what a backbone's yaml tells build_backbone
-BUILDING = ("patch", "smallest", "accepts", "fixed", "head", "unused", "original")
+BUILDING = ("patch", "smallest", "accepts", "fixed", "head", "unused", "fresh", "original")
 _composing = threading.Lock()
 
 

@@ -9,7 +9,7 @@ c_in / `reduction` groups; both convolutions have biases; e starts at one. Kerne
 over the fan-out, biases zero: the start is not the pre-trained function. Hosts are the convolutions
 with k > 1 of the sites, the others are left alone. The backbone's norms train too. In a bottleneck
 the released code adds the branch after the host's norm and ReLU; here, as in the paper's figure, at
-its output.
+its output. Its ConvNeXt has GELU and a truncated normal of 0.02 instead.
 """
 
 import torch

@@ -10,7 +10,7 @@ Beside both halves of a block and fed by the same normalised input. The class to
 tokens) is an image of one pixel for the same convolution, which therefore meets the centre tap
 only. In Swin the grid is the whole map, not a window. down Xavier-uniform, up zero, biases zero;
 the convolution starts as the identity or Xavier-uniform, chosen per task by the authors. Dropout
-before up.
+before up. Stochastic depth, where a run has it, drops a bypass apart from what it is beside.
 """
 
 import math
@@ -86,7 +86,10 @@ class Convpass(Tuner):
         self.mlp_bypass = Bypass(width(base), hidden, conv_init, dropout, prefix) if mlp else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + attend(self.base, x) + self.scale * self.attn_bypass(self.base.norm1(x))
+        block = self.base
+        bypass = block.drop_path1(self.attn_bypass(block.norm1(x)))
+        x = x + attend(block, x) + self.scale * bypass
         if self.mlp_bypass is None:
-            return x + feed(self.base, x)
-        return x + feed(self.base, x) + self.scale * self.mlp_bypass(self.base.norm2(x))
+            return x + feed(block, x)
+        bypass = block.drop_path2(self.mlp_bypass(block.norm2(x)))
+        return x + feed(block, x) + self.scale * bypass

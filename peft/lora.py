@@ -6,8 +6,9 @@ A is `down`, B is `up`; up starts at zero, so the network starts unchanged. In a
 paper adapts q and v: `parts` names the row blocks that get factors of their own (`[0, 2]` of 3),
 and the product is scattered to those rows. Without `parts` one pair of factors spans the whole
 layer (in fused qkv: NOAH's LoRA, which shares A among q, k and v and has the same count at the same
-rank). A convolution is adapted as the matrix (out, in * kh * kw) of its kernel: A is then a
-convolution to r channels, B one of 1 x 1.
+rank; its code starts both factors from a truncated normal of 0.02, init="normal_002"). A
+convolution is adapted as the matrix (out, in * kh * kw) of its kernel: A is then a convolution to r
+channels, B one of 1 x 1.
 """
 
 import torch
@@ -27,8 +28,11 @@ class LoRA(WeightTuner):
         dropout: float = 0.0,
         parts: tuple[int, ...] | None = None,
         of: int = 3,
+        init: str = "lora",
     ):
         super().__init__(base)
+        if init not in {"lora", "normal_002"}:
+            raise ValueError(f"{init=}: there is lora, normal_002")
         out, into = base.weight.flatten(1).shape
         parts, of = ((0,), 1) if parts is None else (tuple(parts), of)
         if out % of:
@@ -44,6 +48,10 @@ class LoRA(WeightTuner):
         self.up = nn.Parameter(torch.zeros(len(parts), out // of, rank))
         for down in self.down:
             nn.init.kaiming_uniform_(down, a=5**0.5)
+        if init == "normal_002":
+            nn.init.trunc_normal_(self.down, std=0.02)
+            nn.init.trunc_normal_(self.up, std=0.02)
+        self.exact_at_init = init == "lora"
         rows = F.one_hot(torch.tensor(parts), of).float()  # (parts, of)
         self.register_buffer("rows", rows, persistent=False)
         if dropout and not self.cheap():

@@ -21,6 +21,9 @@ def learning_rate(step: int, per_epoch: int, optim: Mapping) -> float:
     step. With `lr_base_size`, `lr` is meant for a batch of that size and grows with the batch
     (Goyal et al., arXiv:1706.02677).
 
+    With the `schedule` timm_epoch or timm_late it is instead what most released code gets from
+    timm's scheduler; see `timm_rate`.
+
     With `restart_epochs` the cosine starts again after so many epochs from the warm-up's end on,
     each time `restart_factor` times as long (SGDR, arXiv:1608.03983).
     """
@@ -28,6 +31,10 @@ def learning_rate(step: int, per_epoch: int, optim: Mapping) -> float:
     low, high = optim["min_lr"], optim["lr"]
     if optim["lr_base_size"]:
         high *= optim["batch_size"] / optim["lr_base_size"]
+    if optim["schedule"] != "step":
+        told = max(0, step // per_epoch - (optim["schedule"] == "timm_late"))
+        bounds = optim["warmup_lr"], low, high
+        return timm_rate(told, math.ceil(total / per_epoch), optim["warmup_epochs"], *bounds)
     if step < warmup:
         return high * (step + 1) / (warmup + 1)
     position, period = step - warmup, max(1, total - warmup)
@@ -38,11 +45,24 @@ def learning_rate(step: int, per_epoch: int, optim: Mapping) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * (position / period)))
 
 
+def timm_rate(
+    epoch: int, epochs: int, warmup: float, start: float, low: float, high: float
+) -> float:
+    """The rate of an epoch, counted from 0, under timm's cosine: the warm-up begins at `start`, and
+    when it ends the cosine is as old as the run. (SSF's loop tells the scheduler the number of the
+    next epoch. RLRR, NOAH, FacT, Convpass and RepAdapter tell it, late, that of the epoch which is
+    over, so that the first two have the same rate.)"""
+    if epoch < warmup:
+        return start + epoch * (high - start) / warmup
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
 def spared(rule: str) -> Callable[[str, torch.Tensor], bool]:
     """What is spared weight decay, as a question about a parameter and its name."""
     rules = {
         "one_dim": lambda name, p: p.dim() < 2,
-        "names": lambda name, p: "bias" in name or "norm" in name,
+        # RLRR's f, `shift` here, is called shift_bias in its code
+        "names": lambda name, p: "bias" in name or "norm" in name or name.endswith(".shift"),
         "none": lambda name, p: False,
     }
     return rules[rule]

@@ -13,7 +13,8 @@ bias nor shift mask, and what the windows make of them is averaged over the wind
 image. (The released code orders windows by image but expands the prompts by window, so that prompts
 of different images mix once they depend on the image.) At a patch merging, which four tokens enter,
 a prompt is repeated four times. Deep prompts are fresh in every block, so nothing is averaged into
-the next one.
+the next one. In every stage v is that of the first: patches of 4 pixels, d the embedding's width.
+Dropout draws a mask for each image; the released deep Swin has one a batch after its first block.
 """
 
 import torch
@@ -36,12 +37,13 @@ class Prompts(Tuner):
         patch: int = 16,
         dropout: float = 0.1,
         prefix: int = 1,
+        embed: int | None = None,
     ):
         super().__init__(base)
         if num_prompts < 1:
             raise ValueError(f"num_prompts={num_prompts} must be at least 1")
         channels, self.prefix = self.channels(base), prefix
-        bound = (6 / (3 * patch**2 + channels)) ** 0.5
+        bound = (6 / (3 * patch**2 + (embed or channels))) ** 0.5
         self.prompts = nn.Parameter(torch.empty(num_prompts, channels).uniform_(-bound, bound))
         self.dropout = nn.Dropout(dropout)
 
@@ -62,15 +64,25 @@ class SwinPrompts(Prompts):
     """Around a block (deep) or the chain of stages (shallow)."""
 
     def __init__(
-        self, base: nn.Module, num_prompts: int = 10, patch: int = 4, dropout: float = 0.1
+        self,
+        base: nn.Module,
+        num_prompts: int = 10,
+        patch: int = 4,
+        dropout: float = 0.1,
+        embed: int | None = None,
     ):
         if not isinstance(base, (SwinTransformerBlock, nn.Sequential)):
             kind = type(base).__name__
             raise ValueError(f"prompts run a Swin block or its stages, not {kind}: place first")
-        super().__init__(base, num_prompts, patch, dropout)
+        super().__init__(base, num_prompts, patch, dropout, embed=embed)
+
+    @classmethod
+    def over(cls, bases, **hparams) -> dict[str, Tuner]:
+        embed = first_width(next(iter(bases.values())))
+        return super().over(bases, embed=embed, **hparams)
 
     def channels(self, base: nn.Module) -> int:
-        return next(m.dim for m in base.modules() if isinstance(m, SwinTransformerBlock))  # first
+        return first_width(base)
 
     def forward(self, x: Tensor) -> Tensor:
         prompts = self.expanded(x)
@@ -83,6 +95,11 @@ class SwinPrompts(Prompts):
             for each in stage.blocks:
                 x, prompts = block(each, x, prompts)
         return x
+
+
+def first_width(base: nn.Module) -> int:
+    """The channels of the first block in a module; none where it holds no block."""
+    return next((m.dim for m in base.modules() if isinstance(m, SwinTransformerBlock)), 0)
 
 
 def block(base: nn.Module, x: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,10 @@ ADDED_LATER: dict[str, object] = {
     "optim.cutmix": 0.0,
     "optim.ema": None,
     "optim.accumulate": 1,
+    "optim.schedule": "step",
+    "optim.warmup_lr": 1e-6,
+    "optim.head_init": "zero",
+    "protocol.peek_every": 1,
     "derived": None,
 }
 
@@ -132,7 +136,7 @@ def portable(config: Mapping) -> dict:
             )
         config["weights"] = f"sha256:{_digest(path, path.stat().st_mtime_ns)}"
     backbone, method = config["backbone"], config["method"]
-    loading = {"weights", "original", "unused", "accepts", "smallest", "patch", "sites"}
+    loading = {"weights", "original", "unused", "fresh", "accepts", "smallest", "patch", "sites"}
     config["backbone"] = {k: v for k, v in backbone.items() if k not in loading}
     placements = method["placements"]
     if isinstance(placements, Mapping):

@@ -8,10 +8,10 @@ B is block-diagonal with G groups. Before a linear layer W z + w, without an act
 
 Sites: the layer that reads norm1 (attention) and the one that reads norm2 (MLP). A Xavier-uniform,
 B, a and c zero; dropout between A and B. The papers' 0.22 M counts A and B only, the released code
-trains the biases too (0.24 M): `bias` chooses. The released merge is wrong for one group; this is
-the formula. In Swin a padded window token sees f's bias here, while the released code pads after f:
-equal wherever windows divide the map, as at 224 pixels. Before a padded, grouped convolution
-(ConvNeXt's depthwise one) the map cannot be folded in: `RepAdapter2d` refuses to merge.
+trains the biases too (0.24 M): `bias` chooses. For one group the released merge raises an error;
+this is the formula. In Swin a padded window token sees f's bias here, while the released code pads
+after f: equal wherever windows divide the map, as at 224 pixels. Before a padded, grouped
+convolution (ConvNeXt's depthwise one) the map cannot be folded in: `RepAdapter2d` refuses to merge.
 """
 
 import torch

@@ -58,7 +58,7 @@ class Progress:
 
     def epoch(self, row: Mapping, epochs: int) -> None:
         if self.bar.disable and not self.quiet:
-            tested = f", (test) {row['top1']:.1f} %" if "top1" in row else ""
+            tested = f", (test) {row['top1']:.1f} %" if row.get("top1") is not None else ""
             left = tqdm.format_interval((self.total - self.done) * self.seconds())
             print(
                 f"{self.title}: epoch {row['epoch']}/{epochs}, loss {row['loss']:.3f}, top-1 "

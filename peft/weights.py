@@ -45,12 +45,14 @@ def load_weights(
     keep_head: bool = False,
     *,
     unused: str | None = None,
+    fresh: str | None = None,
     original: str | None = None,
 ) -> None:
     """Loads a checkpoint file into every tensor of `net` but those below `head`; with `keep_head`
     into these too.
 
-    `unused` is a regular expression over names in the file that the model does without; `original`
+    `unused` is a regular expression over names in the file that the model does without, `fresh` one
+    over names of the model that the file does without and that stay as they were built; `original`
     says where the file comes from. Raises FileNotFoundError, or ValueError that says which tensors
     differ.
     """
@@ -85,6 +87,7 @@ def load_weights(
         and not (unused and re.fullmatch(unused, name))
     }
     wanted = {name for name in own if not name.startswith(skipped)}
+    wanted = {name for name in wanted if not (fresh and re.fullmatch(fresh, name))}
     # Files from before PyTorch 0.4.1 have no batch counters, which nothing reads here.
     missing = {name for name in wanted - state.keys() if not name.endswith("num_batches_tracked")}
     wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name in missing]

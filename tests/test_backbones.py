@@ -75,6 +75,7 @@ SIZES = {
             "drop": 24,
         },
     ),
+    "vit_b16_mae_avg_in1k": (85_798_656, {"norm": 25, "final_norm": 1, "qkv": 12}),
     "vit_b16_mae_in1k": (85_798_656, {"norm": 25, "qkv": 12}),
     "vit_b16_mocov3_in1k": (
         85_798_656 - 151_296,

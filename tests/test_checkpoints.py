@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peft
+from peft.backbone import build_backbone
+from peft.config import compose
 from peft.state import digest
 
 HEAD = ("head.", "fc.", "classifier.6.")
@@ -153,6 +156,25 @@ def test_mae_pth(tmp_path):
         {"model": file, "args": argparse.Namespace(lr=0.1), "epoch": 3}, tmp_path / "mae.pth"
     )
     same(loaded("tiny_vit", tmp_path / "mae.pth"), file)
+
+
+def test_mae_read_by_its_mean_leaves_the_files_norm(tmp_path):
+    yaml = compose("train", ["backbone=vit_b16_mae_avg_in1k"]).backbone
+    tiny = partial(timm.create_model, "test_vit", depth=1)
+    file = {n: torch.randn_like(t) for n, t in tiny().state_dict().items() if "head" not in n}
+    torch.save({"model": file}, tmp_path / "mae.pth")
+    model = build_backbone(
+        partial(tiny, global_pool=yaml.model.global_pool),
+        {"head": "head"},
+        num_classes=3,
+        pretrained=True,
+        weights=tmp_path / "mae.pth",
+        **{key: yaml[key] for key in ("unused", "fresh")},
+    )
+    state = {n: t for n, t in model.state_dict().items() if "head" not in n}
+    assert torch.equal(state.pop("fc_norm.weight"), torch.ones(64))
+    assert not state.pop("fc_norm.bias").any()
+    same(state, {name: t for name, t in file.items() if not name.startswith("norm.")})
 
 
 def test_moco_pretraining_and_linear_pth_tar(tmp_path):

@@ -257,6 +257,19 @@ def test_convpass(prefix, mlp):
     )
 
 
+def test_stochastic_depth_drops_a_bypass_apart():
+    block, dropped = vit_block(), nn.Module()
+    dropped.forward = torch.zeros_like
+    tuner, x = moved(Convpass(block, 3, conv_init="xavier")), values(2, 10, D)
+    seen = []
+    for name in ("drop_path1", "drop_path2"):
+        getattr(block, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    tuner(x)
+    assert len(seen) == 4, "two for each half, the sub-layer's and the bypass's"
+    block.drop_path1 = block.drop_path2 = dropped
+    assert torch.equal(tuner(x), x)
+
+
 def test_convpass_by_hand():
     # One channel, all weights one, all tokens 40, where the QuickGELU is the identity: each of 2 x
     # 2 patches sees itself and three neighbours, 160; the class token is a pixel alone, 40.

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import tiny
 from reference import prompt
 from test_reference_adapters import D, array, close, moved, values, vit_block
 from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
 from torch import nn
 
+import peft
 from peft.prompt import Prompts, SwinPrompts
 
 
@@ -78,6 +80,18 @@ def test_vpt_in_a_swin_block(shift):
         array(block.attn.relative_position_bias_table),
     )
     close(tuner(x), np.stack([prompt.swin_block(each, *args)[0] for each in array(x)]))
+
+
+def test_swins_prompts_start_alike_in_every_stage():
+    """sqrt(6 / (3 * 4 * 4 + d)), d the embedding's width, whatever the stage's."""
+    model = tiny("tiny_swin", "vpt_deep", num_prompts=50)
+    tuners = peft.tuners(model)
+    first = next(iter(tuners.values())).prompts.shape[1]
+    bound = (6 / (48 + first)) ** 0.5
+    widths = {t.prompts.shape[1] for t in tuners.values()}
+    assert len(widths) > 1
+    for tuner in tuners.values():
+        assert 0.98 * bound < tuner.prompts.abs().max() <= bound
 
 
 def test_vpt_shallow_through_swins_stages():
