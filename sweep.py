@@ -42,6 +42,10 @@ PASSED = ("device", "workers", "runs_dir", "data_root", "weights_dir")
 def cells(cfg: DictConfig) -> list[Cell]:
     """The cells of a sweep, under the sampler that was asked for, their values checked."""
     checks.check(configuration.plain(cfg))
+    for word in cfg.overrides:
+        root = root_of(word)
+        if not word.startswith("+") and root not in configuration.taken("train"):
+            raise ValueError(configuration.unknown(root, "sweep"))
     make = Cell
     if cfg.sampler.name != "grid":
         from scripts.sampler import Sampled
@@ -53,6 +57,11 @@ def cells(cfg: DictConfig) -> list[Cell]:
     made = cells_of(configuration.plain(cfg.sweep), [*machine, *cfg.overrides], make, *chosen)
     check(made, list(cfg.overrides), table=bool(cfg.sweep.get("rows")))
     return made
+
+
+def root_of(word: str) -> str:
+    """The first part of the key of an override: `optim` of optim.lr=1e-3."""
+    return re.split(r"[=./@]", word.lstrip("+~"))[0]
 
 
 def check(cells: list[Cell], words: list[str], table: bool) -> None:
@@ -378,8 +387,8 @@ def command() -> None:
     own |= set(OmegaConf.load(configuration.CONFIGS / "sweep.yaml"))
     mine, theirs = [], []
     for argument in sys.argv[1:]:
-        root = re.split(r"[=./@]", argument.lstrip("+~"))[0]
-        (theirs if "=" in argument and root not in own else mine).append(argument)
+        theirs_too = "=" in argument and root_of(argument) not in own
+        (theirs if theirs_too else mine).append(argument)
     # These hold keys of runs: what is given replaces what the yaml has, where Hydra would merge.
     free = re.compile(r"sweep\.(grid|variants|per_method)=")
     for argument in filter(free.match, list(mine)):

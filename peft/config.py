@@ -93,7 +93,7 @@ def taken(config_name: str) -> list[str]:
 
 
 def unknown(name: str, config_name: str) -> str:
-    """What to say of a key or group that a program does not take."""
+    """What to say of a key or group that a program does not take, nor, of a sweep, its runs."""
     others = [f"{other}.py" for other in PROGRAMS if name in taken(other)]
     if others:
         known = ", ".join(taken(config_name))
@@ -103,7 +103,8 @@ def unknown(name: str, config_name: str) -> str:
             f"configs/{name} is not chosen on a command line: sweeps and experiments name its "
             "entries, see python sweep.py experiment=rlrr/table2 action=plan"
         )
-    return f"there is no key or group {name!r}; {near(name, taken(config_name))}"
+    known = taken(config_name) + (taken("train") if config_name == "sweep" else [])
+    return f"there is no key or group {name!r}; {near(name, sorted(set(known)))}"
 
 
 def explain(error: Exception, config_name: str) -> str:

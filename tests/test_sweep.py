@@ -142,6 +142,8 @@ def test_a_point_that_diverges_loses_and_the_cell_goes_on(tmp_path, capsys):
         ("sweep.method=[lora,lorra]", "no method 'lorra'; did you mean lora"),
         ("+sweep.grid={optim.lrr:[1]}", "'optim.lrr', which is no key of a run; did you mean lr?"),
         ("+sweep.grid={metod.rank:[1]}", "'metod.rank', .* did you mean method"),
+        ('overrides=["swep=mini"]', "no key or group 'swep'; did you mean sweep"),
+        ('overrides=["merged=true"]', "'merged' is for eval.py, sweep.py takes: action, attempts"),
         ("action=go", "no action 'go'; there is: plan, run"),
         ("sweep.grid=3", r"grid is 3 and should be \{path: \[values\]\}"),
         ("sweep.grid={optim.lr:[fast]}", "optim.lr=fast should be a number above 0"),
