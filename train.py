@@ -24,7 +24,16 @@ import data
 import peft
 from data.features import cached_features
 from data.mixing import Mix, mixing
-from eval import autocast_of, device_name, device_of, evaluate, label_rows, loader_of, model_of
+from eval import (
+    autocast_of,
+    changed,
+    device_name,
+    device_of,
+    evaluate,
+    label_rows,
+    loader_of,
+    model_of,
+)
 from peft import config as configuration
 from peft import parallel
 from peft import record as records
@@ -41,7 +50,8 @@ def run(cfg: DictConfig) -> float:
     if cfg.info:
         Run(cfg).check()
         print(f"{cfg.method.name} on {cfg.backbone.name}, {cfg.dataset.num_classes} classes")
-        print(describe(model_of(cfg, torch.device("cpu"))))
+        bare = {"backbone.pretrained": False, "backbone.head": None, "weights": None}
+        print(describe(model_of(changed(cfg, bare), torch.device("cpu"))))  # needs no checkpoint
         return 0.0
     (outcome,) = run_pack([cfg])
     parallel.leave()

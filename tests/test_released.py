@@ -12,6 +12,7 @@ from timm.scheduler import CosineLRScheduler
 
 import train
 from peft.backbone import build_backbone, start_head
+from peft.config import compose
 from peft.optimiser import spared
 
 
@@ -59,6 +60,16 @@ def test_the_head_starts_as_told():
     assert biased == ["linear"]
     with pytest.raises(ValueError, match="head_init=ones: there is zero, normal_002"):
         start_head(starts["zero"], "ones")
+
+
+def test_what_a_method_touches_is_told_without_a_checkpoint(capsys):
+    """Neither the hub nor a file of weights is asked."""
+    for backbone, tuned in (("vit_b16_mocov3_in1k", "294,912"), ("resnet18_in1k", "")):
+        cfg = compose("train", [f"backbone={backbone}", "method=lora", "dataset=vtab/pets"])
+        cfg.info = True
+        assert train.run(cfg) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"lora on {backbone}, 37 classes") and f"tuned {tuned}" in said
 
 
 def test_what_rlrrs_rule_spares():
