@@ -333,7 +333,8 @@ def fit(
                     "images": int(seen),
                 }
                 if peek is not None:
-                    due = history.step == total or (epoch + 1) % cfg.protocol.peek_every == 0
+                    every = cfg.protocol.get("peek_every", 1)
+                    due = history.step == total or (epoch + 1) % every == 0
                     with pack.shown(k):
                         row["top1"] = evaluate(*peek, autocast) if due else None
                 history.logs[k].append(row)
