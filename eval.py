@@ -211,7 +211,7 @@ def adapter_of(run: str | Path) -> dict[str, Tensor]:
 def run(cfg: DictConfig) -> float:
     """Reproduces a record's number on `split`, and merges or exports on request; or derives.
     Returns the accuracy."""
-    checks.check(configuration.plain(cfg))
+    checks.check(cfg)
     if not (cfg.run or cfg.combine):
         raise ValueError(
             "say which run: python eval.py run=DIR, a folder that holds record.json and "

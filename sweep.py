@@ -41,7 +41,7 @@ PASSED = ("device", "workers", "runs_dir", "data_root", "weights_dir")
 
 def cells(cfg: DictConfig) -> list[Cell]:
     """The cells of a sweep, under the sampler that was asked for, their values checked."""
-    checks.check(configuration.plain(cfg))
+    checks.check(cfg)
     for word in cfg.overrides:
         root = root_of(word)
         if not word.startswith("+") and root not in configuration.taken("train"):
@@ -55,24 +55,17 @@ def cells(cfg: DictConfig) -> list[Cell]:
     machine = [f"{key}={cfg[key]}" for key in PASSED]
     chosen = configuration.plain(cfg.rows), configuration.plain(cfg.datasets)
     made = cells_of(configuration.plain(cfg.sweep), [*machine, *cfg.overrides], make, *chosen)
-    check(made, list(cfg.overrides), table=bool(cfg.sweep.get("rows")))
+    points = [item for cell in made for run in cell.grid for item in run.point.items()]
+    checks.check_words(cfg.overrides, {path for path, _ in points}, bool(cfg.sweep.get("rows")))
+    checks.check_values(points)
+    for cell in made:
+        checks.check(cell.cfg)
     return made
 
 
 def root_of(word: str) -> str:
     """The first part of the key of an override: `optim` of optim.lr=1e-3."""
     return re.split(r"[=./@]", word.lstrip("+~"))[0]
-
-
-def check(cells: list[Cell], words: list[str], table: bool) -> None:
-    """Raises ValueError for what no run of a sweep can mean, before the first one starts."""
-    points = [item for cell in cells for run in cell.grid for item in run.point.items()]
-    varied = {path for path, _ in points}
-    checks.check_words(words, varied, table)
-    checks.check_values(points)
-    for cell in (cell for cell in cells if not isinstance(cell, Derived)):
-        first = cell.grid[0] if cell.grid else cell.variant({})
-        checks.check(first.config)
 
 
 class Execution:

@@ -5,7 +5,7 @@ Needs neither torch nor Hydra.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would
@@ -38,7 +38,11 @@ def nullable(rule: Rule) -> Rule:
 
 def lists(rule: Rule) -> Rule:
     fits, means = rule
-    return lambda v: isinstance(v, list) and all(map(fits, v)), f"a list, [...], each of it {means}"
+
+    def all_fit(value: object) -> bool:  # a list, or OmegaConf's
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(map(fits, value))
+
+    return all_fit, f"a list, [...], each of it {means}"
 
 
 switch: Rule = (lambda v: isinstance(v, bool), "true or false")
@@ -148,10 +152,9 @@ def check(config: Mapping) -> None:
             raise ValueError("optim.restart_epochs goes with optim.schedule=step only")
 
 
-def check_words(words: Iterable[str], varied: Iterable[str], table: bool) -> None:
+def check_words(words: Iterable[str], varied: Container[str], table: bool) -> None:
     """Raises ValueError for an override of every run, `key=value`, of what the sweep itself decides
     or what its grid varies: it would be without effect, or make all cells the same."""
-    varied = set(varied)
     for word in words:
         path, _, value = word.lstrip("+~").partition("=")
         if path in OWN:

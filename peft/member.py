@@ -27,7 +27,7 @@ class Run:
 
     def check(self) -> None:
         """Raises ValueError, naming the key, for a value that no run can mean."""
-        checks.check(configuration.plain(self.cfg))
+        checks.check(self.cfg)
 
     def done(self) -> float | None:
         """Its headline accuracy, where it has a record and is not forced to run again."""
