@@ -81,7 +81,7 @@ RULES: dict[str, Rule] = {
     "optim.batch_size": counts(1),
     "optim.drop_last": switch,
     "optim.min_lr": from_zero,
-    "optim.schedule": one_of("step", "timm_epoch", "timm_late"),
+    "optim.schedule": one_of("step", "timm_epoch", "timm_late", "bolts_late"),
     "optim.warmup_lr": from_zero,
     "optim.head_init": one_of("zero", "linear", "normal_002", "kaiming_out"),
     "optim.restart_epochs": nullable(positive),

@@ -21,8 +21,8 @@ def learning_rate(step: int, per_epoch: int, optim: Mapping) -> float:
     step. With `lr_base_size`, `lr` is meant for a batch of that size and grows with the batch
     (Goyal et al., arXiv:1706.02677).
 
-    With the `schedule` timm_epoch or timm_late it is instead what most released code gets from
-    timm's scheduler; see `timm_rate`.
+    With the `schedule` timm_epoch, timm_late or bolts_late it moves once an epoch instead, as in
+    most released code; see `timm_rate` and `bolts_rate`.
 
     With `restart_epochs` the cosine starts again after so many epochs from the warm-up's end on,
     each time `restart_factor` times as long (SGDR, arXiv:1608.03983).
@@ -32,9 +32,10 @@ def learning_rate(step: int, per_epoch: int, optim: Mapping) -> float:
     if optim["lr_base_size"]:
         high *= optim["batch_size"] / optim["lr_base_size"]
     if optim["schedule"] != "step":
-        told = max(0, step // per_epoch - (optim["schedule"] == "timm_late"))
+        told = max(0, step // per_epoch - optim["schedule"].endswith("late"))
+        rate = bolts_rate if optim["schedule"] == "bolts_late" else timm_rate
         bounds = optim["warmup_lr"], low, high
-        return timm_rate(told, math.ceil(total / per_epoch), optim["warmup_epochs"], *bounds)
+        return rate(told, math.ceil(total / per_epoch), optim["warmup_epochs"], *bounds)
     if step < warmup:
         return high * (step + 1) / (warmup + 1)
     position, period = step - warmup, max(1, total - warmup)
@@ -55,6 +56,18 @@ def timm_rate(
     if epoch < warmup:
         return start + epoch * (high - start) / warmup
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def bolts_rate(
+    epoch: int, epochs: int, warmup: float, start: float, low: float, high: float
+) -> float:
+    """The rate of an epoch, counted from 0, under Lightning Bolts' warm-up and cosine: the last
+    epoch of the warm-up has `high` already, and so has the first after it, where the cosine begins.
+    (Adapter+'s loop tells the scheduler, late, the number of the epoch which is over.)"""
+    if epoch < warmup:
+        return start + epoch * (high - start) / max(1, warmup - 1)
+    position = (epoch - warmup) / (epochs - warmup)
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * position))
 
 
 def spared(rule: str) -> Callable[[str, torch.Tensor], bool]:

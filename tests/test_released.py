@@ -32,6 +32,19 @@ def test_timms_rates_are_timms(tmp_path, schedule, told):
         train.run(config(tmp_path, f"optim.schedule={schedule}", "optim.restart_epochs=2"))
 
 
+def test_bolts_rates_are_those_of_its_closed_form(tmp_path):
+    """Eight epochs with a warm-up of four, by hand: from start to rate in three steps, then a
+    cosine over four epochs; the first two epochs are alike, as the scheduler is told late."""
+    cfg = config(
+        tmp_path,
+        *("optim.schedule=bolts_late", "optim.epochs=8", "optim.warmup_epochs=4"),
+        *("optim.lr=1e-3", "optim.warmup_lr=1e-5", "optim.min_lr=1e-6"),
+    )
+    ours = [train.learning_rate(5 * epoch, 5, cfg.optim) for epoch in range(8)]
+    cosine = [1e-6 + 9.99e-4 * (1 + turn) / 2 for turn in (1, 0.5**0.5, 0)]
+    assert ours == pytest.approx([1e-5, 1e-5, 3.4e-4, 6.7e-4, 1e-3, *cosine])
+
+
 def test_a_test_set_is_asked_as_often_as_told(tmp_path):
     choice = ["protocol=vtab_peek", "preset=mini", "image_size=32", "optim.epochs=5"]
     train.run(config(tmp_path, *choice, "optim.warmup_epochs=1", "protocol.peek_every=2"))
