@@ -1,24 +1,30 @@
-"""LAVA: A Unified Framework for Finetuning Language and Vision Models. No public code.
+"""LAVA: A Unified Framework for Finetuning Language and Vision Models. Its code is an anonymous
+link, not read for this file.
 
     matrix        Delta = sum_r U[:, r] o V[:, r] = U V^T                                 (eq. 4)
     convolution   Delta[o, i, h, w] = sum_r U[o, r] V[i, r] X[h, r] Y[w, r]               (eq. 3)
-    loss          L + lambda sum_layers ||U^T U - I||_F^2                         (section 4.2)
+    loss          L + lambda sum_layers ||A^T A - I||_F^2, A one of the factors   (section 4.2)
 
-W' = W + (alpha / R) Delta with `u` (out, R), `v` (in, R), `x` (kh, R), `y` (kw, R), R the rank.
-`reshaped` is the paper's comparison, LoRA on the flattened kernel: `v` is (in kh kw, R). In a
-fused qkv layer `parts` names the row blocks adapted, [0, 2] being query and value.
+W' = W + (alpha / R) Delta with `u` (out, R), `v` (in, R), `x` (kh, R), `y` (kw, R), R the rank;
+alpha = R unless given, as the equations have no such scale (settings do: 8 / 8 for GLUE, 32 / 3 for
+segmentation). `reshaped` is the paper's comparison, LoRA on the flattened kernel: `v` is
+(in kh kw, R). In a fused qkv layer `parts` names the row blocks adapted, [0, 2] being query and
+value.
 
-The factor under the penalty is U in the convolution (Fig. 11) but eq. 5 writes A of a product B A
-in which A is the down-projection, with a Gram matrix that fits only its transpose: `ortho` chooses
-u (default), v, x, y or both (u and v), always with the R x R Gram matrix. No initialisation is
-stated. The penalty pulls its factor towards orthonormal columns, so that factor starts orthonormal
-and its partner at zero: the size of Delta lies in the partner, and the network starts unchanged.
-With "both" that is U. X and Y are N(0, 1 / k), columns of length about 1.
+`ortho` is the factor A under the penalty: u, v, x, y or both (u and v). By default it is V in a
+matrix, which section 4.2 calls the basis and through which B's gradient passes (eq. 5 and
+Proposition 1, where A is the down-projection and the Gram matrix fits its transpose only), and U in
+a convolution (Fig. 11). No initialisation is stated. The penalty pulls its factor towards
+orthonormal columns, so that factor starts orthonormal and its partner at zero: the size of Delta
+lies in the partner, and the network starts unchanged. With "both" the orthonormal one is U. X and Y
+are N(0, 1 / k), columns of length about 1.
 
 The forward pass runs the factors one after another (1 x 1, kh x 1, 1 x kw, 1 x 1 convolutions).
 In a grouped convolution the paper's counts take all input channels: there Delta is dense and does
 not fold into the kernel.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +39,9 @@ class LAVA(WeightTuner):
         self,
         base: nn.Module,
         rank: int = 8,
-        alpha: float = 8,
+        alpha: float | None = None,
         strength: float = 0.1,
-        ortho: str = "u",
+        ortho: str | None = None,
         reshaped: bool = False,
         dropout: float = 0.0,
         parts: tuple[int, ...] | None = None,
@@ -52,19 +58,20 @@ class LAVA(WeightTuner):
         if out % self.of:
             raise ValueError(f"{out} rows do not divide into {self.of} parts")
         rows, into = out // self.of, into * self.groups
-        columns = into * (kernel[0] * kernel[1] if kernel and reshaped else 1)
-        most = rows if kernel and not reshaped else min(rows, columns)
+        whole = bool(kernel) and not reshaped
+        columns = into if whole else into * math.prod(kernel)
+        most = rows if whole else min(rows, columns)
         if not 1 <= rank <= most:
             raise ValueError(f"{rank=} must be 1 to {most} for a weight of {rows} x {columns}")
-        self.scale, self.strength, self.ortho = alpha / rank, strength, ortho
+        self.scale = 1.0 if alpha is None else alpha / rank
+        self.strength, self.ortho = strength, ortho or ("u" if whole else "v")
         self.u = nn.Parameter(torch.zeros(len(self.parts), rows, rank))
         self.v = nn.Parameter(torch.zeros(len(self.parts), columns, rank))
-        whole = bool(kernel) and not reshaped
         self.x = nn.Parameter(torch.randn(kernel[0], rank) / kernel[0] ** 0.5) if whole else None
         self.y = nn.Parameter(torch.randn(kernel[1], rank) / kernel[1] ** 0.5) if whole else None
         if self.regularised() is None:
             raise ValueError(f"{ortho=} names no factor of a {type(base).__name__}: u, v or both")
-        for start in self.v if ortho == "v" else self.u:
+        for start in self.v if self.ortho == "v" else self.u:
             nn.init.orthogonal_(start)
         self.dropout = nn.Dropout(dropout)
 

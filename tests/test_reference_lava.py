@@ -9,6 +9,7 @@ from reference.cases import EXACT, linear, randomised, rows, tokens
 from torch import nn
 from torch.testing import assert_close
 
+import peft
 from peft.lava import LAVA
 
 
@@ -100,6 +101,17 @@ def test_lava_starts_unchanged_with_an_orthonormal_factor(ortho):
     assert torch.equal(tuner.weight, base.weight)
     assert_close(tuner.penalty().item(), 0.4 if ortho == "both" else 0.0, atol=1e-6, rtol=0)
     assert LAVA(base, rank=4, strength=0.0).penalty() == 0.0
+
+
+def test_lava_as_the_paper_has_it_unless_told():
+    """V under the penalty in a matrix, U in a convolution, and no scale whatever the rank; so that
+    the two sides of Tables 1 and 5 differ in their factors alone."""
+    kernel, matrix = LAVA(nn.Conv2d(4, 6, 3), rank=3), LAVA(linear(12, 9), rank=3)
+    assert (matrix.ortho, kernel.ortho) == ("v", "u")
+    assert matrix.u.count_nonzero() == kernel.v.count_nonzero() == 0
+    for method in ("lava", "lava_reshaped"):
+        model = peft.create("tiny_resnet", method, num_classes=5, rank=2)
+        assert {t.scale for t in model.modules() if isinstance(t, LAVA)} == {1.0}
 
 
 @pytest.mark.parametrize(

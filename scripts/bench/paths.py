@@ -1,8 +1,9 @@
 """Forward passes that exist twice: a method's own beside the default one through W'.
 
 A step of each, interleaved, for one method of every set of tuners: the cheaper one is to be
-measured faster, not only counted so. `lava_table16` is the setting of that table of LAVA's: LoRA,
-LAVA and DoRA on the same layers, matrices and convolutions, LoRA being 1.
+measured faster, not only counted so. `lava_table16` has the columns of that table of LAVA's: LoRA,
+LAVA and DoRA on the same layers, matrices and convolutions, LoRA being 1. The paper names neither
+network nor rank nor batch nor hardware for it: those are ours.
 """
 
 import csv
@@ -26,7 +27,7 @@ OPTIONS = {
     "batch": "8 on a CPU, 32 on a GPU",
     "rounds": "3 on a CPU, 10 on a GPU",
     "methods": "names with commas; every one that applies",
-    "cnn": "resnet18_in1k, the convolutional net of LAVA's Table 16",
+    "cnn": "resnet18_in1k, whose convolutions the columns of LAVA's Table 16 are measured on",
 }
 
 
@@ -50,7 +51,7 @@ def own_forwards(methods: list[str], shape: Shape) -> list[dict]:
 
 def lava_table16(shape: Shape, cnn: str) -> dict[str, dict]:
     """Steps of LoRA, LAVA and DoRA on the same layers, LoRA being 1: at rank 8 on matrices, 3 on
-    convolutions, as in the paper's comparisons."""
+    convolutions, the ranks of its other comparisons."""
     placed = {
         "matrix": (measure.configured(shape.backbone, "linear", shape.depth), ["qkv"], 8),
         "conv": (measure.configured(cnn, "linear"), ["conv"], 3),
