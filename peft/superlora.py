@@ -6,7 +6,8 @@ may make more numbers of it:
 
     [Delta W_1, Delta W_2, ..] = [F(T_1), .., F(T_G)],   W' = W + alpha Delta W      (eqs. 1 to 3)
 
-alpha is not divided by a rank, which dense groups do not have; the supplement does not say.
+alpha is not divided by a rank, which dense groups do not have; the supplement does not say. Its one
+value, 2, is that of image generation (A.8.1).
 
 Without a projection a tuner computes its own run of numbers only (`SuperLoRA`, on qkv). A
 projection mixes all of a group, so one tuner around all blocks computes every update once a step

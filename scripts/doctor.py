@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from data import Images, archives, cifar, fgvc, store, tfds, vtab
+from peft import config as configuration
 from scripts.fetch_weights import weights_folder
 from scripts.prepare import datasets, flag, options, root_of, wants_help
 
@@ -126,13 +127,26 @@ def report(findings: dict[str, list[Finding]], details: bool) -> list[str]:
 
 
 def weights() -> list[str]:
-    """The checkpoints that are here."""
-    folder = weights_folder()
-    embedded = "dinov2_s14.safetensors"
-    files = sorted(p for p in folder.glob("*") if p.is_file()) if folder.is_dir() else []
-    lines = [f"{p.name:28} {'found':18} {p} ({p.stat().st_size / 1e6:.0f} MB)" for p in files]
-    if embedded not in {p.name for p in files}:
-        lines.append(f"{embedded:28} {'missing':18} run python -m scripts.fetch_weights dinov2_s14")
+    """Where the weights of every backbone come from, and whether files that belong here are."""
+    lines, folder = [], weights_folder()
+    for path in sorted((configuration.CONFIGS / "backbone").glob("[!_]*.yaml")):
+        choice = [f"backbone={path.stem}", f"weights_dir={folder}"]
+        backbone = configuration.compose("train", choice).backbone
+        file, original = backbone.get("weights"), backbone.get("original")
+        told = f"to be had at {original}"
+        if isinstance(file, DictConfig):
+            file = folder / f"{path.stem}.safetensors"
+            told = f"run python -m scripts.fetch_weights {path.stem}"
+        if file and Path(file).is_file():
+            state, text = "found", f"{file} ({Path(file).stat().st_size / 1e6:.0f} MB)"
+        elif file:
+            state, text = "missing", f"{file}, {told}"
+        elif original:
+            text = f"{backbone.model.model_name}; or weights=FILE of {original}"
+            state = "timm's hub"
+        else:
+            continue  # a tiny one, for tests
+        lines.append(f"{path.stem:28} {state:18} {text}")
     return lines
 
 

@@ -325,7 +325,7 @@ class _Builder:
             said.append(
                 f"{BORROWED} Not measured by this paper, or the same measurement as in another one."
             )
-        return said + (notes(self.cells) if self.cells else [NOT_RUN])
+        return said + (notes(self.cells, self.found) if self.cells else [NOT_RUN])
 
 
 def _key(values: Sequence[str]) -> str:

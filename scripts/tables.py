@@ -162,6 +162,7 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
 
     Without a tested run it holds the sentence that says so. Raises ValueError as `runs.cells` does.
     """
+    found = list(found)
     grid, title = runs.cells(found), f"Our runs: {name}" if name else "Our runs"
     if not grid:
         return Table(name, title, [], [], [NO_RUNS])
@@ -199,7 +200,7 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
             line.why = {DAGGER: "the epoch was chosen on the test set"}
         table.lines.append(line)
     table.rank()
-    table.notes = notes([cell for row in grid.values() for cell in row.values()])
+    table.notes = notes([cell for row in grid.values() for cell in row.values()], found)
     if any(line.marks for line in table.lines):
         table.notes.append(PEEKED)
     return table
@@ -222,16 +223,19 @@ def _mean_columns(columns: Sequence[tuple]) -> dict[str, list[list[tuple]]]:
         if len(groups) > 1 and len(own) > len(groups):
             for group, members in groups.items():
                 means[f"Mean {of}{group or 'others'}"] = [members]
-            means[f"Mean of {len(groups)} {of}groups"] = list(groups.values())
+            if len({len(members) for members in groups.values()}) > 1:  # else that of all tasks
+                means[f"Mean of {len(groups)} {of}groups"] = list(groups.values())
         if len(own) > 1:
             means[f"Mean of {len(own)} {of}tasks"] = [own]
     return means
 
 
-def notes(cells: Sequence[Cell]) -> list[str]:
-    """What our figures are: protocol, data, epochs, seeds, backbone."""
-    found = ["Ours: top-1 accuracy on the test split in percent; ± sample standard deviation over "
-             "seeds."]  # fmt: skip
+def notes(cells: Sequence[Cell], records: Iterable[dict] = ()) -> list[str]:
+    """What our figures are: protocol, data, epochs, seeds, backbone; and, where the `records` of
+    the grids are given, how many rates lie at an end of those tried."""
+    several = any(cell.std is not None for cell in cells)
+    spread = "; ± sample standard deviation over seeds." if several else ", of one seed."
+    found = ["Ours: top-1 accuracy on the test split in percent" + spread]
     for name in sorted({cell.record["protocol"] for cell in cells}):
         of = [cell for cell in cells if cell.record["protocol"] == name]
         seeds = sorted({seed for cell in of for seed in cell.top1})
@@ -246,11 +250,30 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         if untuned:
             fixed = runs.listed(untuned)
             found.append(f"Fixed learning rate and weight decay, not tuned: {fixed}.")
+    if ends := _at_an_end(cells, records):
+        found.append(ends)
     if own := {c.record["task"] for c in cells if "-own" in c.record["provenance"]["source"]}:
         found.append(f"Own split, where the published one cannot be rebuilt: {runs.listed(own)}.")
     backbones = {(c.record["backbone"], c.record["provenance"]["weights"]) for c in cells}
     found.append("Backbone: " + runs.listed(f"{name} ({file})" for name, file in backbones) + ".")
     return found
+
+
+def _at_an_end(cells: Sequence[Cell], records: Iterable[dict]) -> str:
+    """A sentence on chosen rates beyond which nothing was tried; "" where there is none."""
+    rates = {r["key"]: r["config"]["optim"]["lr"] for r in records if r["phase"] == "grid"}
+    low = high = several = 0
+    for cell in cells:
+        tried = {rates[key] for key in cell.record["selected_from"] if key in rates}
+        if len(tried) > 1:
+            chosen, several = cell.record["config"]["optim"]["lr"], several + 1
+            low, high = low + (chosen == min(tried)), high + (chosen == max(tried))
+    if not low + high:
+        return ""
+    return (
+        f"The chosen learning rate is the largest tried in {high} of {several} cells, the smallest "
+        f"in {low}: a wider grid may find better."
+    )
 
 
 def delta(ours: Entry, published: Entry, digits: int) -> Entry:

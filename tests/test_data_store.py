@@ -17,6 +17,7 @@ from test_data_vtab import community
 
 from data import Images, Manifest, Rows, store, vtab
 from data.archives import ARCHIVES
+from peft.config import CONFIGS
 from scripts import doctor, prepare
 
 
@@ -206,6 +207,19 @@ def test_prepare_and_doctor_from_archive_to_store(tmp_path, monkeypatch, capsys)
     assert "test.bin has changed" in text
 
 
+def test_doctor_says_where_every_backbones_weights_come_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path))
+    file = tmp_path / "vgg11-8a719046.pth"
+    file.write_bytes(bytes(2_000_000))
+    lines = dict(line.split(maxsplit=1) for line in doctor.weights())
+    assert lines["vgg11_in1k"].startswith("found") and lines["vgg11_in1k"].endswith("(2 MB)")
+    mocov3 = lines["vit_b16_mocov3_in1k"]
+    assert mocov3.startswith("missing") and f"{tmp_path}/linear-vit-b-300ep.pth.tar" in mocov3
+    assert "weights=FILE of https://dl.fbaipublicfiles.com/mae" in lines["vit_b16_mae_avg_in1k"]
+    yamls = {path.stem for path in (CONFIGS / "backbone").glob("[!_]*.yaml")}
+    assert lines.keys() == {name for name in yamls if not name.startswith("tiny_")}
+
+
 def test_doctor_names_unreadable_images_before_a_run_does(tmp_path, monkeypatch, capsys):
     sizes = {"train800": 3, "val200": 2, "train800val200": 5, "test": 4}
     community(tmp_path / "vtab-1k", "dtd")
@@ -239,8 +253,9 @@ def test_doctor_sees_all_sets_and_says_how_to_get_them(tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     listed = [line.split()[0] for line in out.splitlines() if line.startswith(("vtab/", "fgvc/"))]
     assert len(listed) == len(set(listed)) == 24
-    assert out.count(" missing ") == 24 + 2 + 1  # and full CIFAR, and the embedded weights
-    assert "run python -m scripts.fetch_weights dinov2_s14" in out
+    sets, _, weights = out.partition("weights_dir")
+    assert sets.count(" missing ") == 24 + 2  # and full CIFAR
+    assert "run python -m scripts.fetch_weights dinov2_s14" in weights
     for task, found in vtab.TASKS.items():
         assert f"expected {tmp_path}/vtab-1k/{found.folders[0]} with" in out, task
         assert ARCHIVES[found.archive][2] in out, task

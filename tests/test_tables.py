@@ -135,6 +135,20 @@ def test_order_of_records_does_not_matter():
     assert markdown(found) == markdown(found[::-1])
 
 
+def test_rates_at_an_end_of_those_tried_are_counted():
+    """Three cells that chose 1e-3: the largest, the middle and the smallest of three rates."""
+    found = []
+    for task, others in {"digits": [1e-4, 3e-4], "dtd": [1e-4, 1e-2], "pets": [1e-2, 1e-1]}.items():
+        tried = []
+        for lr in (*others, 1e-3):
+            made = record("lora", task, phase="grid", config__optim__lr=lr)
+            tried.append(made | {"metrics": {"top1_val": 50.0, "loss_last": 0.1}})
+        found += [*tried, record("lora", task, selected_from=[r["key"] for r in tried])]
+    said = "The chosen learning rate is the largest tried in 1 of 3 cells, the smallest in 1"
+    assert said in markdown(found)
+    assert "largest tried" not in markdown(found[4:8])  # the middle one alone
+
+
 def test_grid_runs_are_not_shown():
     grid = record("lora", metrics={"top1_val": 99.0, "loss_last": 0.1}, phase="grid")
     assert "99.0" not in markdown([*suite(), grid])
