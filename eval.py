@@ -4,7 +4,7 @@
     python eval.py run=DIR merged=true export=model.safetensors   # the plain backbone, its own keys
     python eval.py run=DIR per_class=true confusion=confusion.csv
     python eval.py run=DIR experts=increment_2                    # an ALoRE without some experts
-    python eval.py combine=[DIR_A,DIR_B] weights=[0.7,0.3]        # several RLRRs as one
+    python eval.py 'combine=[DIR_A,DIR_B]' 'weights=[0.7,0.3]'    # several RLRRs as one
 
 The last two are runs of their own that nothing was trained for: they leave record.json (phase
 derived) and adapter.safetensors beside the first run they come from, and are found again.

@@ -8,7 +8,7 @@ and tabulates.
     python sweep.py sweep=mini engine=local|address|slurm sampler=grid|optuna
     python sweep.py sweep=mini optim.epochs=1        # what is not the sweep's own goes to every run
     python sweep.py experiment=rlrr/table2 action=plan          # a published table, row by row
-    python sweep.py experiment=rlrr/table2 rows=[11] datasets=[dtd]             # some of its cells
+    python sweep.py experiment=rlrr/table2 'rows=[11]' 'datasets=[dtd]'         # some of its cells
 
 A cell is a backbone x dataset x method. Every grid point trains on the protocol's tuning split and
 is scored by its last epoch on the validation split; the best one (ties: smaller lr, then smaller

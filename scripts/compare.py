@@ -159,7 +159,7 @@ def printed(name: str) -> Printed:
 COSTS = {
     "params": ("tuned_params", 1e6, "tuned parameters without the head, millions"),
     "memory": ("peak_memory_bytes", 2**20, "peak memory of training, MiB"),
-    "time": ("seconds", 60, "time of training one run, minutes"),
+    "time": ("seconds", 60, "minutes of training one run, beside whatever else ran"),
 }
 
 

@@ -80,10 +80,10 @@ def find(
 
 
 def command(name: str, row: Row | None = None, dataset: str | None = None) -> str:
-    """The command that fills a table, one of its rows, or a single cell."""
+    """The command that fills a table, one of its rows, or a single cell, quoted for any shell."""
     parts = [f"python sweep.py experiment={name}"]
-    parts += [f"rows=[{row.number}]"] if row else []
-    parts += [f"datasets=[{dataset}]"] if dataset else []
+    parts += [f"'rows=[{row.number}]'"] if row else []
+    parts += [f"'datasets=[{dataset}]'"] if dataset else []
     return " ".join(parts)
 
 

@@ -227,7 +227,9 @@ class _Builder:
             table.lines.append(change)
         for identity, lost in lacking.items():
             row = self.experiment_row(identity)
-            table.missing.append(beside.missing(self.name(identity), self.experiment, row, lost))
+            gap = beside.missing(self.name(identity), self.experiment, row, lost)
+            if gap not in table.missing:  # a row of two metrics has one run
+                table.missing.append(gap)
 
     def mark(self, line: Line, identity: tuple) -> None:
         signs = {"peek": DAGGER, "borrowed": BORROWED}

@@ -208,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figure = ablation(found, options.over, table)
     else:
         figure = DRAW[options.kind](found, table)
-    folder = TABLES if options.folder == RECORDS else options.folder
+    committed = options.folder.resolve().is_relative_to(RECORDS.resolve())
+    folder = TABLES if committed else options.folder
     files = (
         [options.out] if options.out else [folder / f"{options.kind}.{e}" for e in ("png", "svg")]
     )

@@ -24,7 +24,7 @@ from scripts.tabulate import RECORDS, TABLES, every, kept
 PLOTS = {
     "params": "Accuracy against tuned parameters",
     "memory": "Accuracy against the peak memory of training",
-    "time": "Accuracy against the time of training",
+    "time": "Accuracy against the time of training, beside whatever else ran on the machine",
     "seeds": "Every seed",
     "ranks": "Mean ranks, and what a test tells apart",
     "ablation": "Ablations",
@@ -72,14 +72,14 @@ def _head(found: Sequence[dict], theirs: dict[str, Table]) -> str:
     beside = [
         t for t in theirs.values() if any(e.runs for x in t.lines for e in x.entries.values())
     ]
-    have = f"There is no run of our own yet; there are {len(theirs)} published tables."
+    have = f"There is no run of our own yet; there are {len(theirs)} published tables and figures."
     if ours:
         methods = len({record["method"] for record in ours})
         tasks = len({(record["suite"], record["task"]) for record in ours})
         have = (
             f"Tested runs of our own: {len(ours)}, of {methods} methods on {tasks} "
             f"{'task' if tasks == 1 else 'tasks'}. Of "
-            f"{len(theirs)} published tables, {len(beside)} have figures of ours beside them."
+            f"{len(theirs)} published tables and figures, {len(beside)} have ours beside them."
         )
     links = ['<b>Ours</b><a href="#ours">Our runs</a><a href="#errata">Errata</a>']
     for paper, title in papers.PAPERS.items():

@@ -59,7 +59,7 @@ def test_a_row_that_is_not_whole_has_no_mean_and_says_what_it_lacks():
     assert ours.entries["mean_specialized"].text != tabulate.DASH
     (row,) = (row for row in table.missing if row.label.startswith("linear"))
     assert row.what == "2 of 19 tasks (svhn, dmlab)"
-    assert row.command == "python sweep.py experiment=rlrr/table2 rows=[2]"
+    assert row.command == "python sweep.py experiment=rlrr/table2 'rows=[2]'"
 
 
 def test_a_table_of_means_is_filled_from_whole_groups():
@@ -154,7 +154,7 @@ def test_points_of_an_experiment_without_printed_numbers():
     }
     assert shown == {("modules=mha", "layers=4"): "60.00"}
     assert [row.what for row in table.missing][:2] == ["5 of 6 points", "6 of 6 points"]
-    assert table.missing[1].command == "python sweep.py experiment=rlrr/fig2 rows=[2]"
+    assert table.missing[1].command == "python sweep.py experiment=rlrr/fig2 'rows=[2]'"
     assert tabulate.find("rlrr/fig2") == ["rlrr/fig2"]
 
 
