@@ -30,17 +30,22 @@ from peft.watch import per_class, write_confusion
 
 
 def device_of(name: str) -> torch.device:
-    """Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A device that is there; on CUDA, fp32 products take TF32 from here on, in training and in
+    evaluation alike. Raises ValueError for a device that is not there."""
     try:
-        return torch.empty(0, device=name).device
+        if name == "auto":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        else:
+            device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise ValueError(
             f"device={name} is not here ({str(error).splitlines()[0]}); there is "
             f"{', '.join(there)}, or auto"
         ) from error
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 def device_name(device: torch.device) -> str:
@@ -82,7 +87,7 @@ def label_rows(cfg: DictConfig, device: torch.device) -> list[int] | None:
     """The rows of the checkpoint's own head that `backbone.head.keep=auto` stands for: the labels
     for which the network takes the training images, one a class. None where nothing asks for it.
 
-    In fp32 on every device, and once a process.
+    Without mixed precision on every device, and once a process.
     """
     head = cfg.backbone.get("head")
     if not head or head.keep != "auto":
@@ -208,6 +213,19 @@ def adapter_of(run: str | Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def other_weights(model: nn.Module, record: dict) -> str:
+    """What to say of a backbone whose weights are not those that a run started from; "" of one
+    whose are."""
+    here, there = peft.state.digest(model), record["provenance"]["weights_sha256"]
+    if here == there:
+        return ""
+    name = record["provenance"]["weights"]
+    return (
+        f"the backbone's weights are not those that the run started from ({name}): their sha256 is "
+        f"{here[:8]}.. and not {there[:8]}.."
+    )
+
+
 def run(cfg: DictConfig) -> float:
     """Reproduces a record's number on `split`, and merges or exports on request; or derives.
     Returns the accuracy."""
@@ -227,6 +245,8 @@ def run(cfg: DictConfig) -> float:
     device = device_of(cfg.device)
     autocast = autocast_of(trained.precision, device)
     model = model_of(trained, device)
+    if told := other_weights(model, record):
+        print(f"beware: {told}")
     peft.load_adapter_state(model, adapter_of(cfg.run))
     grid = records.scored_as(record) == "grid"
     scored = trained.protocol.tune if grid else trained.protocol.final
@@ -306,6 +326,8 @@ def derived(cfg: DictConfig, machine: dict) -> float:
     autocast = autocast_of(trained.precision, device)
     trained.method = config["method"]
     model = model_of(trained, device)
+    if told := other_weights(model, first):
+        raise ValueError(told)
     peft.load_adapter_state(model, state)
     scored = trained.protocol.tune if metric == "top1_val" else trained.protocol.final
     loader = loader_of(trained, scored.score_on, device, train=False)

@@ -25,6 +25,7 @@ import time
 from collections import Counter, deque
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -52,7 +53,7 @@ def cells(cfg: DictConfig) -> list[Cell]:
 
         options = {k: v for k, v in configuration.plain(cfg.sampler).items() if k != "name"}
         make = partial(Sampled, **options)
-    machine = [f"{key}={cfg[key]}" for key in PASSED]
+    machine = [f"{key}={json.dumps(cfg[key], ensure_ascii=False)}" for key in PASSED]
     chosen = configuration.plain(cfg.rows), configuration.plain(cfg.datasets)
     made = cells_of(configuration.plain(cfg.sweep), [*machine, *cfg.overrides], make, *chosen)
     points = [item for cell in made for run in cell.grid for item in run.point.items()]
@@ -68,15 +69,24 @@ def root_of(word: str) -> str:
     return re.split(r"[=./@]", word.lstrip("+~"))[0]
 
 
+class Job(NamedTuple):
+    """Runs of one cell that train together; `begun` where they have already, and share a
+    checkpoint."""
+
+    cell: Cell
+    runs: list[Run]
+    begun: bool = False
+
+
 class Execution:
     """One `run` or `retry`: jobs out, answers in, until nothing is left to do."""
 
     def __init__(self, cells: list[Cell], cfg: DictConfig, index: ledger.Index) -> None:
         self.cells, self.cfg, self.index = cells, cfg, index
         self.retry = cfg.action == "retry"
-        self.todo: deque[tuple[Cell, Run]] = deque()
+        self.todo: deque[Job] = deque()
         self.held: dict[Run, Cell] = {}
-        self.flying: dict[str, tuple[Cell, list[Run]]] = {}
+        self.flying: dict[str, Job] = {}
         self.seen: set[str] = set()
         self.reasons: dict[Path, str] = {}
         self.deaths: Counter = Counter()
@@ -100,7 +110,7 @@ class Execution:
                 reason = run.failure["reason"]
                 self.reasons[run.folder] = f"{reason} (action=retry runs it again)"
             else:
-                todo.append((cell, run))
+                todo.append(Job(cell, [run]))
         (self.todo.extendleft if first else self.todo.extend)(todo[::-1] if first else todo)
         if new and not todo:
             self.feed(cell, first)  # all of it was done: what follows from it may be possible
@@ -112,22 +122,19 @@ class Execution:
         """Hands out what fits: runs of one cell, as many at once as can be packed. Of a pack, as
         many train at a time as memory holds; on a CPU packing was measured not to pay."""
         sizes = {"auto": 32 if engine.gpu else 1, "all": len(self.todo)}
-        most = sizes.get(self.cfg.pack) or int(self.cfg.pack)
+        most = sizes[self.cfg.pack] if self.cfg.pack in sizes else int(self.cfg.pack)
         pack = min(most, -(-len(self.todo) // max(1, engine.capacity // 2)))
         while self.todo and len(self.flying) < engine.capacity:
-            cell, run = self.todo.popleft()
-            claim = ledger.claim_of(run.folder)
-            if claim and not self.watch.silent(claim):
-                self.held[run] = cell
+            job = self.todo.popleft()
+            cell, runs = job.cell, job.runs
+            claims = [(run, claim) for run in runs if (claim := ledger.claim_of(run.folder))]
+            if any(not self.watch.silent(claim) for _, claim in claims):
+                self.held |= dict.fromkeys(runs, cell)
                 continue
-            if claim:
-                self.silent[run] = claim.name
-            runs = [run]
-            while len(runs) < pack and self.todo and self.todo[0][0] is cell:
-                if cannot_stack([*(r.config for r in runs), self.todo[0][1].config]):
-                    break
-                runs.append(self.todo.popleft()[1])
-            self.flying[run.key] = cell, runs
+            self.silent |= {run: claim.name for run, claim in claims}
+            if not job.begun:
+                runs += self.alike(job, pack - 1)
+            self.flying[runs[0].key] = job
             engine.submit(
                 {
                     "root": str(Path(__file__).parent.absolute()),
@@ -141,10 +148,24 @@ class Execution:
                 }
             )
 
-    def settle(self, job: dict, answer: dict) -> None:
+    def alike(self, job: Job, most: int) -> list[Run]:
+        """Takes up to so many runs of the same cell out of the queue that stack with a job's."""
+        found: list[Job] = []
+        for other in self.todo:
+            if len(found) == most:
+                break
+            if other.cell is job.cell and not other.begun:
+                one, two = job.runs[0].config, other.runs[0].config
+                found += [] if cannot_stack([one, two]) else [other]
+        taken = set(map(id, found))
+        self.todo = deque(other for other in self.todo if id(other) not in taken)
+        return [run for other in found for run in other.runs]
+
+    def settle(self, told: dict, answer: dict) -> None:
         """Files an answer. The disk is believed, not the answer."""
-        cell, runs = self.flying.pop(job["keys"][0])
+        cell, runs, _ = self.flying.pop(told["keys"][0])
         status, reason = answer["status"], answer["reason"]
+        again: list[Run] = []
         for run in runs:
             run.look(self.index)
             if run.entry:
@@ -157,10 +178,10 @@ class Execution:
             elif status == "held":
                 self.held[run] = cell
             elif status == "interrupted":
-                self.todo.appendleft((cell, run))
+                again.append(run)
             elif status == "died" and self.deaths[run] + 1 < self.cfg.attempts:
                 self.deaths[run] += 1
-                self.todo.appendleft((cell, run))
+                again.append(run)
             else:
                 if run.failure is None:
                     reason = reason or "it left no record"
@@ -170,6 +191,8 @@ class Execution:
                     run.look(self.index)
                 if not run.diverged:
                     self.reasons[run.folder] = run.failure["reason"]
+        if again:  # the same runs in the same order: they go on from their checkpoint
+            self.todo.appendleft(Job(cell, again, begun=True))
         self.feed(cell, first=True)
 
     def poll(self) -> None:
@@ -182,7 +205,7 @@ class Execution:
                 if run.settled:
                     self.feed(cell)
                 else:
-                    self.todo.append((cell, run))
+                    self.todo.append(Job(cell, [run]))
 
     def go(self, engine, bar: tqdm) -> None:
         polled, told, started = 0.0, time.monotonic(), time.monotonic()
@@ -229,7 +252,7 @@ def execute(cells: list[Cell], cfg: DictConfig, index: ledger.Index) -> dict[Pat
     from scripts import inputs
     from scripts.dispatch import open_engine
 
-    inputs.check(cell.cfg for cell in dict.fromkeys(cell for cell, _ in execution.todo))
+    inputs.check(cell.cfg for cell in dict.fromkeys(job.cell for job in execution.todo))
     options = configuration.plain(cfg.engine) | {"device": cfg.device}
     engine = open_engine(**options)
     total = sum(cell.expected for cell in cells)
@@ -387,7 +410,8 @@ def command() -> None:
     for argument in filter(free.match, list(mine)):
         at, key = mine.index(argument), argument.partition("=")[0]
         mine[at : at + 1] = [f"++{key}=null", f"++{argument}"]
-    sys.argv[1:] = [*mine, f"overrides={json.dumps(theirs)}"] if theirs else mine
+    passed = json.dumps(theirs, ensure_ascii=False)
+    sys.argv[1:] = [*mine, f"overrides={passed}"] if theirs else mine
     main()
 
 

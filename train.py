@@ -13,6 +13,7 @@ its last checkpoint, to the same bits on the CPU.
 import gc
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -83,10 +84,9 @@ def run_pack(cfgs: list[DictConfig]) -> list[float | Exception]:
         if (top1 := one.done()) is not None:
             found[one.folder] = top1
         elif one.folder not in waiting:
-            try:
-                one.prepare()
-            except OSError as error:
-                found[one.folder] = error
+            problem = one.prepare()
+            if any(parallel.agreed([problem is not None])):
+                found[one.folder] = problem or OSError("the first process cannot write")
             else:
                 waiting[one.folder] = one
     parallel.wait()
@@ -108,7 +108,8 @@ def pack_size(runs: list[Run], device: torch.device) -> int:
     if device.type == "cpu":
         return 1  # measured: stacking saves launches, of which a CPU has none
     cfg = runs[0].cfg
-    batch = torch.Size([cfg.optim.batch_size, 3, cfg.image_size, cfg.image_size])
+    images = -(-cfg.optim.batch_size // cfg.optim.accumulate)
+    batch = torch.Size([images, 3, cfg.image_size, cfg.image_size])
     model, autocast = model_of(cfg, device), autocast_of(cfg.precision, device)
     size = fastest_pack(model, batch, autocast, len(runs))
     torch.cuda.empty_cache()
@@ -145,7 +146,6 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     cfg = runs[0].cfg
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     autocast = autocast_of(cfg.precision, device)
     splits = cfg.protocol.tune if cfg.phase == "grid" else cfg.protocol.final
     loader = loader_of(cfg, splits.train_on, device, train=True)
@@ -178,7 +178,9 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     if parallel.world() > 1:
         pack.share(device)
     if cfg.compile:
-        failure = pack.compile(cfg.compile, next(batches.epoch())[0], autocast)
+        images, labels = next(batches.epoch())
+        piece, *_ = next(parallel.pieces(len(labels), optim.accumulate))
+        failure = pack.compile(cfg.compile, images[piece], autocast)
         if failure and parallel.first():
             print(f"compile={cfg.compile} does not work here ({failure}): going on without it")
     history = fit(pack, batches, (judged, scoring) if peeks else None, runs, autocast, mix)
@@ -236,9 +238,9 @@ def fit(
 ) -> History:
     """The loop, over one run or a pack of them.
 
-    peek: what is judged after every epoch, and on which images. Raises FloatingPointError when the
-    loss of all members is not a number, KeyboardInterrupt at SIGINT or SIGTERM after writing a
-    checkpoint.
+    peek: what is judged after every epoch, and on which images. A member whose loss is no number
+    is left out from there on, with the reason in `failed`; where all are, this ends. Raises
+    KeyboardInterrupt at SIGINT or SIGTERM after writing a checkpoint.
     """
     cfg, device = runs[0].cfg, batches.device
     optim, optims = cfg.optim, [one.cfg.optim for one in runs]
@@ -259,8 +261,7 @@ def fit(
         torch.manual_seed(cfg.seed + 1 + 1_000_003 * parallel.rank() + history.step)
         history.sums.zero_()
     parallel.wait()
-    mirrors = [] if quiet else [mirror(cfg.logger, one.config, one.folder) for one in runs]
-    stop = Stop()
+    stop, mirrored = Stop(), ExitStack()
     started, saved = time.monotonic() - history.seconds, time.monotonic()
 
     def pause() -> None:
@@ -281,8 +282,10 @@ def fit(
         print(f"optim.warmup_epochs={optim.warmup_epochs} is all of this run: its rate only grows")
     title = f"{cfg.method.name} {cfg.dataset.name}" + (f" x {len(runs)}" if len(runs) > 1 else "")
     progress = Progress(title, total, history.step, batches.batch_size, quiet)
-    with stop, progress:
-        while history.step < total:
+    with stop, progress, mirrored:
+        told = [] if quiet else [mirror(cfg.logger, one.config, one.folder) for one in runs]
+        mirrors = [mirrored.enter_context(one) for one in told]
+        while history.step < total and pack.members:
             pack.net.train()
             epoch, start = divmod(history.step, per_epoch)
             for batch, (images, labels) in enumerate(batches.epoch(epoch, start), start):
@@ -321,8 +324,6 @@ def fit(
                         f"the loss is {loss_sum / seen} in epoch {epoch + 1} with "
                         f"optim.lr={optims[k].lr:.2g}: try a smaller one, or optim.clip_norm=1"
                     )
-                    if len(pack.members) == 1:
-                        raise FloatingPointError(history.failed[k])
                     pack.drop(k, optimizer)  # its neighbours go on
                     continue
                 row = {
@@ -343,8 +344,9 @@ def fit(
                     mirrors[k](row)
                 progress.epoch(row, math.ceil(total / per_epoch))
             history.sums = torch.zeros_like(history.sums[: len(pack.members)])
-            # after the last batch of an epoch only here: a checkpoint must hold the row, too
-            pause()
+            if pack.members:
+                # after the last batch of an epoch only here: a checkpoint must hold the row, too
+                pause()
     history.seconds = time.monotonic() - started
     return history
 

@@ -365,8 +365,8 @@ def cells_of_rows(
 def derived_cells(
     sweep: Mapping, overrides: list[str], make, row: Row, rows: list[Row], trained: dict
 ) -> Iterator[Derived]:
-    """The cells of a row that is derived from the row beside it that has all but `derive`. Raises
-    ValueError where there is none."""
+    """The cells of a row that is derived from the row beside it that has all but `derive`, after
+    that row's own where nobody asked for them. Raises ValueError where there is no such row."""
     same = ("backbone", "method", "recipe", "overrides")
     fits = (r for r in rows if not r.derive and all(getattr(r, k) == getattr(row, k) for k in same))
     base = next(fits, None)
@@ -375,7 +375,9 @@ def derived_cells(
     tasks = [name.rpartition("/")[2] for name in sweep["dataset"]]
     if missing := [task for task in tasks if (base.number, task) not in trained]:
         names = [name for name in sweep["dataset"] if name.rpartition("/")[2] in missing]
-        list(cells_of_rows({**sweep, "dataset": names}, overrides, make, [base.number], trained))
+        yield from cells_of_rows(
+            {**sweep, "dataset": names}, overrides, make, [base.number], trained
+        )
     for task in tasks:
         cell = Derived(trained[base.number, task], row.derive)
         cell.row = row

@@ -102,7 +102,8 @@ def resume(
     for k in set(pack.members) - set(state["members"]):
         pack.drop(k, optimizer)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where it was written on a CPU, which has no loss scale
+        scaler.load_state_dict(state["scaler"])
     vars(history).update(state["history"])
     history.sums = history.sums.to(device)
     torch.set_rng_state(state["rng"])

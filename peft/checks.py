@@ -111,6 +111,8 @@ RULES: dict[str, Rule] = {
     "sweep.seeds": nullable(lists(counts(0))),
 }
 
+DELETE = "nothing: what has a record is not run again, delete its folder"
+
 # What a sweep decides for its runs, and how to say it to a sweep, and to one that is a table.
 OWN = {
     "backbone": ("'sweep.backbone=[{}]'", "rows=[...]: each has its backbone"),
@@ -120,6 +122,8 @@ OWN = {
     "seed": ("'sweep.seeds=[{}]'", "'sweep.seeds=[{}]'"),
     "phase": ("action=run, which does both", "action=run, which does both"),
     "selected_from": ("nothing: it is filled in", "nothing: it is filled in"),
+    "force": (DELETE, DELETE),
+    "info": ("action=plan, or ask train.py", "action=plan, or ask train.py"),
 }
 
 

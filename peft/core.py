@@ -25,6 +25,7 @@ class Tuner(Stand):
     """Stands in for one frozen module `base`, with parameters of its own."""
 
     exact_at_init = True  # attaching leaves the function of the network unchanged
+    alone = ""  # why several processes cannot share a step of it
 
     @classmethod
     def over(cls, bases: Mapping[str, nn.Module], **hparams) -> dict[str, "Tuner"]:

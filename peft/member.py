@@ -39,10 +39,11 @@ class Run:
             print(f"already done: {top1:.2f} % in {self.folder} (force=true trains it again)")
         return top1
 
-    def prepare(self) -> None:
-        """Makes a folder to write to, empty with `force`. Raises OSError where that cannot be."""
+    def prepare(self) -> OSError | None:
+        """Makes a folder to write to, empty with `force`; returns why that cannot be. Of several
+        processes the first does."""
         if not parallel.first():
-            return
+            return None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             records.write(self.folder / ".writable", "")
@@ -54,11 +55,12 @@ class Run:
                 f"cannot write to {self.folder}: {error.strerror}. Make it writable, or give "
                 "runs_dir=FOLDER"
             )
-            problem.errno = error.errno
-            raise problem from error
+            problem.errno, problem.__cause__ = error.errno, error
+            return problem
         if self.cfg.force:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
+        return None
 
     def record(self, **outcome: object) -> dict:
         """The record of what came of it; see `records.assemble`."""
@@ -79,6 +81,8 @@ class Run:
             "traceback": "".join(traceback.format_exception(error)),
             "config": self.config,
         }
+        for cause in (error, error.__cause__):  # their frames hold the model and its batches
+            traceback.clear_frames(cause.__traceback__) if cause else None
         path = self.folder / "failure.json"
         # which of several processes failed is known to that one; the others only miss it
         missed = parallel.world() > 1 and "closed by peer" in reason["reason"]

@@ -1,5 +1,6 @@
 """What fits: how many runs train at once, what a run took, and how it can do with less."""
 
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -41,9 +42,9 @@ def fastest_pack(model: nn.Module, image: torch.Size, autocast: torch.autocast, 
 def largest(seconds: Callable[[int], float], most: int) -> int:
     """The size of a pack: doubled as long as a member's step, `seconds(size)`, gets at least 5 %
     faster and works within the memory; then evened out over packs for `most` members."""
-    size, best = 1, seconds(1)
+    size, best = 0, math.inf
     while size < most:
-        larger = min(2 * size, most)
+        larger = min(max(1, 2 * size), most)
         try:
             now = seconds(larger)
         except Exception as error:
@@ -53,6 +54,7 @@ def largest(seconds: Callable[[int], float], most: int) -> int:
         if now > 0.95 * best:
             break
         size, best = larger, now
+    size = max(1, size)  # where not even one fits, training says so
     return -(-most // -(-most // size))
 
 

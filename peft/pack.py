@@ -199,7 +199,12 @@ class Pack:
                 setattr(module, name, value)
 
     def share(self, device: torch.device) -> None:
-        """Shares the batches of a pack of one with the other processes of its group."""
+        """Shares the batches of a pack of one with the other processes of its group. Raises
+        ValueError for a method that cannot."""
+        for tuner in tuners(self.model).values():
+            if tuner.alone:
+                kind = type(tuner).__name__
+                raise ValueError(f"a {kind} takes one process: {tuner.alone}")
         ids = [device.index] if device.type == "cuda" else None
         self.forward = self.shared = DistributedDataParallel(self.scored, device_ids=ids)
 
@@ -287,6 +292,7 @@ class Pack:
 
     def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
         """Leaves a member out from here on."""
+        torch.compiler.reset()  # a smaller pack is another graph, and it gives up after some
         self.members.remove(k)
         kept = [group for group in optimizer.param_groups if group["member"] != k]
         for group in optimizer.param_groups:

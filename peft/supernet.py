@@ -124,6 +124,7 @@ class Supernet(Tuner):
     the chosen one, or the largest."""
 
     exact_at_init = False
+    alone = "each step trains a sub-network of its own"
 
     def __init__(self, base: nn.Module, choices: Sequence[int], depths: Sequence[float]):
         super().__init__(base)

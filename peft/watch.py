@@ -8,7 +8,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int, batch_size: int, quiet: bool = False):
         self.title, self.batch_size, self.quiet = title, batch_size, quiet
-        self.total, self.first, self.done = total, done, done
+        self.total, self.first, self.done, self.members = total, done, done, 1
         self.started = time.monotonic()
         self.bar = tqdm(
             total=total,
@@ -44,13 +45,15 @@ class Progress:
 
     def step(self, sums: Tensor) -> None:
         """sums: (K, 3) of the epoch so far; loss * images, right answers, images."""
-        self.done += 1
+        self.done, self.members = self.done + 1, len(sums)
         if self.bar.update():  # true when it was redrawn: the only times that a GPU is waited for
             loss, right, seen = sums.sum(0).tolist()
-            speed = len(sums) * self.batch_size / self.seconds()
-            self.bar.set_postfix_str(
-                f"loss {loss / seen:.3f}, top-1 {100 * right / seen:.1f} %, {speed:.0f} images/s"
-            )
+            text = f"loss {loss / seen:.3f}, top-1 {100 * right / seen:.1f} %"
+            self.bar.set_postfix_str(f"{text}, {self.speed():.0f} images/s")
+
+    def speed(self) -> float:
+        """Images a second, those of all members."""
+        return self.members * self.batch_size / self.seconds()
 
     def seconds(self) -> float:
         """Of a step, on average since the start or the checkpoint."""
@@ -63,7 +66,7 @@ class Progress:
             print(
                 f"{self.title}: epoch {row['epoch']}/{epochs}, loss {row['loss']:.3f}, top-1 "
                 f"(train) {row['top1_train']:.1f} %{tested}, "
-                f"{self.batch_size / self.seconds():.0f} images/s, {left} left",
+                f"{self.speed():.0f} images/s, {left} left",
                 flush=True,
             )
 
@@ -76,15 +79,17 @@ def write_log(folder: Path, log: list[dict]) -> None:
     write(folder / "log.csv", text.getvalue())
 
 
-def mirror(logger: Mapping, config: dict, folder: Path) -> Callable[[dict], None]:
+@contextmanager
+def mirror(logger: Mapping, config: dict, folder: Path) -> Iterator[Callable[[dict], None]]:
     """Where an epoch's row is mirrored to. wandb is imported only here, and works offline without a
     key."""
     if logger["name"] == "none":
-        return lambda row: None
+        yield lambda row: None
+        return
     import wandb
 
     mode = logger["mode"] or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    run = wandb.init(
+    with wandb.init(
         project=logger["project"],
         entity=logger["entity"],
         mode=mode,
@@ -92,8 +97,8 @@ def mirror(logger: Mapping, config: dict, folder: Path) -> Callable[[dict], None
         name=folder.name,
         dir=folder,
         reinit="create_new",
-    )
-    return lambda row: run.log(row, step=row["epoch"])
+    ) as run:
+        yield lambda row: run.log(row, step=row["epoch"])
 
 
 def per_class(table: Tensor) -> str:

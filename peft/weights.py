@@ -123,6 +123,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         RuntimeError,
         ValueError,
         EOFError,
+        IndexError,
         OSError,
         zipfile.BadZipFile,
         SafetensorError,

@@ -30,7 +30,10 @@ class Here:
         self.answered: list[tuple[dict, dict]] = []
 
     def submit(self, job: dict) -> None:
-        self.answered.append((job, worker.serve(job | {"log": False})))
+        answer = worker.serve(job | {"log": False})
+        if answer["status"] == "interrupted":
+            raise KeyboardInterrupt  # it was this process that was told to stop
+        self.answered.append((job, answer))
 
     def answers(self, seconds: float) -> list[tuple[dict, dict]]:
         found, self.answered = self.answered, []
@@ -146,7 +149,8 @@ def local(*, device: str, workers: int | None, threads: int, host: str, **_: obj
     configure()
     devices = gpus(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = workers or len(devices) or max(1, cores // threads)
+    one = device.startswith("cuda:")  # that GPU, and no other
+    count = workers or len(devices) or (1 if one else max(1, cores // threads))
     if devices:
         threads = max(1, cores // count)
     # Asked before the cluster starts: Dask writes its own value into this process, too.
@@ -169,7 +173,7 @@ def local(*, device: str, workers: int | None, threads: int, host: str, **_: obj
             if not left:
                 raise
     engine = Dask(Client(cluster), cluster, environment=environment, devices=devices, resources={})
-    engine.minimum, engine.gpu = count, bool(devices)
+    engine.minimum, engine.gpu = count, bool(devices) or one
     return engine
 
 

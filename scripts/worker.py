@@ -2,9 +2,10 @@
 
     python -m scripts.worker            # reads jobs from stdin, one JSON a line; answers on stdout
 
-A child has its own log (output.log in the folder of each run), can be killed without harm to the
-process that feeds it, and stops at a checkpoint when that process is gone. Results are on disk
-before they are reported. This module must stay cheap to import: torch is the child's affair.
+A child has its own log (output.log in the folder of a run, or of the first of a pack), can be
+killed without harm to the process that feeds it, and stops at a checkpoint when that process is
+gone. Results are on disk before they are reported. This module must stay cheap to import: torch is
+the child's affair.
 """
 
 import contextlib
@@ -75,7 +76,10 @@ def feeder() -> Callable[[dict], dict]:
         except OSError:
             answer = ""
         if answer:
-            return json.loads(answer)
+            found = json.loads(answer)
+            if found["status"] in ("failed", "interrupted"):
+                child.of = None  # it is leaving: the next run gets a process of its own
+            return found
         code = child.wait()
         how = f"was ended by signal {-code}" if code < 0 else f"left with status {code}"
         return {"status": "died", "reason": f"its process {how}", "full": False}

@@ -70,6 +70,18 @@ def test_experts(runs, capsys):
     assert derive(f"run={run}", "experts=increment_4") == source["metrics"]["top1_last"]
 
 
+def test_nothing_is_derived_on_other_weights(runs, monkeypatch, capsys):
+    """A record of it would name the weights of its sources. A run that is only evaluated is told
+    so."""
+    monkeypatch.setattr(peft.state, "digest", lambda model: "0" * 64)
+    before = beside(runs["one"], "derived")
+    with pytest.raises(ValueError, match=r"weights are not those .* sha256 is 00000000"):
+        derive(f"combine=[{runs['one']},{runs['two']}]", "weights=[0.9,0.1]")
+    assert beside(runs["one"], "derived") == before
+    derive(f"run={runs['one']}")
+    assert "beware: the backbone's weights are not those" in capsys.readouterr().out
+
+
 def test_what_is_derived_from_a_grid_run_sees_no_test_image(runs):
     before = beside(runs["tuned"], "derived")
     top1 = derive(f"run={runs['tuned']}", "experts=sliced_1")

@@ -134,6 +134,13 @@ def test_what_comes_later_wins():
     assert len(cell.grid) == 1 and cell.cfg.dataset.source == "folder"
 
 
+def test_a_derived_row_brings_the_row_that_it_derives_from():
+    sweep = experiments.sweep("alore/table22")
+    derived = next(row for row in experiments.rows("alore/table22") if row.derive)
+    base, cell = cells_of(sweep, [], rows=[derived.number], datasets=["dtd"])
+    assert cell.base is base and base.expected and not base.row.derive
+
+
 def test_tables_share_their_runs():
     one = cells_of(experiments.sweep("rlrr/table2"), [], rows=[11], datasets=["dtd"])
     two = cells_of(experiments.sweep("rlrr/s10"), [], rows=[5], datasets=["dtd"])
@@ -273,9 +280,9 @@ def test_rows_that_are_derived_are_evaluated_and_not_trained(tmp_path, capsys):
     assert {r["config"]["derived"]["experts"] for r in derived} == {"increment_1"}
     capsys.readouterr()
     cfg.action = "plan"
-    cfg.rows = [1]  # alone: its runs are found, though their row is not asked for
+    cfg.rows = [1]  # alone: it brings the row that it derives from
     sweep.run(cfg)
-    assert "1 cells, 2 runs: 2 done, 0 failed, 0 missing" in capsys.readouterr().out
+    assert "2 cells, 4 runs: 4 done, 0 failed, 0 missing" in capsys.readouterr().out
     own, other = tables.rows_of({"name": "masks", "recipe": "alore_vtab", "rows": rows})
     assert all(experiments.matches(r, own) and not experiments.matches(r, other) for r in derived)
     assert not any(experiments.matches(r, own) for r in finals.values())

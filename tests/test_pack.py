@@ -1,11 +1,12 @@
 """Several runs at once: each member's numbers are those of its solo run."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, applies, home, jitter, stackable, tiny
+from conftest import TINY, applies, home, jitter, shallow, stackable, tiny
 from safetensors.torch import load_file, save_file
 from test_train import config as config_of
 from test_train import ending_before, folder
@@ -242,6 +243,30 @@ def test_what_comes_before_the_first_tuner_runs_once_and_without_a_graph(images)
             assert batched == (members == 3 and i > 1)
             assert i > 1 or graph is None
         assert logits.requires_grad
+
+
+def test_a_pack_that_diverges_says_each_members_rate(tmp_path):
+    cfgs = [config(tmp_path, "method=full", f"optim.lr={lr}") for lr in ("1e12", "1e13")]
+    lost = train.run_pack(cfgs)
+    assert ["optim.lr=1e+12" in str(lost[0]), "optim.lr=1e+13" in str(lost[1])] == [True, True]
+    assert (
+        not list(tmp_path.rglob("record.json")) and len(list(tmp_path.rglob("failure.json"))) == 2
+    )
+
+
+def test_a_compiled_pack_may_lose_many_members(images, monkeypatch):
+    """Each loss makes another graph, of which Dynamo by itself allows eight."""
+    eager = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, mode: eager(f, fullgraph=fullgraph))
+    model = tiny("tiny_vit", "bitfit", **shallow("tiny_vit"))
+    pack = Pack(model, model, starts_of(model, 12), train.spared("one_dim"))
+    optimizer = torch.optim.SGD(
+        {"params": pack.trained(k), "lr": 0.1, "member": k} for k in pack.members
+    )
+    assert pack.compile(True, images, torch.autocast("cpu", enabled=False)) is None
+    for k in range(11):
+        pack.drop(k, optimizer)
+        assert len(pack(images)[0]) == 11 - k
 
 
 def test_a_member_that_diverges_leaves_its_neighbours_alone(tmp_path):

@@ -261,16 +261,37 @@ def test_a_compilation_that_fails_says_so_and_trains(tmp_path, monkeypatch, caps
     assert a.read_bytes() == b.read_bytes(), "the attempt left a trace"
 
 
+def torchrun(*choice: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "train.py", *TINY, *choice],
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_two_processes_end_together_where_one_cannot_go_on(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    data = f"data_root={tmp_path}/data"
+    for choice, said in (
+        ([f"runs_dir={file}/runs", "method=lora"], "cannot write to"),
+        ([f"runs_dir={tmp_path}/runs", "method=noah_supernet"], "a Supernet takes one process"),
+    ):
+        ended = torchrun(data, *choice)
+        assert ended.returncode and said in ended.stderr
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """As torchrun starts them: uneven shares, in parts, with a penalty, clipping and an average."""
     choice = ["method=lava", "optim=sgd_cosine", "optim.lr=0.05", "optim.batch_size=27"]
     choice += ["optim.epochs=2", "optim.accumulate=2", "optim.ema=0.8", "optim.clip_norm=1"]
     train.run(config(tmp_path / "one", *choice))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    where = [f"runs_dir={tmp_path}/two/runs", f"data_root={tmp_path}/two/data"]
-    command = [*torchrun, "--standalone", "train.py", *TINY, *where, *choice]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pair = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    pair = torchrun(f"runs_dir={tmp_path}/two/runs", f"data_root={tmp_path}/two/data", *choice)
     assert pair.returncode == 0, pair.stderr
     assert pair.stdout.count("epoch 1/") == 1, "the first process alone speaks"
     one, two = done(tmp_path / "one"), done(tmp_path / "two")

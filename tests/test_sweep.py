@@ -5,13 +5,17 @@ import sys
 import types
 
 import dask
+import distributed
 import pytest
 import timm
 
 import sweep
 import train
+from peft import ledger
 from peft import record as records
 from peft.config import compose
+from scripts import dispatch, worker
+from scripts.dispatch import Here
 
 CHOICE = [
     "sweep.backbone=[tiny_vit]",
@@ -94,6 +98,64 @@ def test_ties_go_to_the_smaller_rate_then_decay_then_the_order(tmp_path):
     assert score([60, 51, 50, 50]) == (3e-2, 1e-2)
 
 
+class Recording:
+    """An engine that only notes what it is given."""
+
+    capacity, gpu = 2, True
+
+    def __init__(self):
+        self.jobs = []
+
+    def submit(self, job):
+        self.jobs.append(job)
+
+
+def packed(tmp_path, grid: str, pack="all") -> tuple[sweep.Execution, Recording]:
+    grids = ["++sweep.grid=null", f"++sweep.grid={grid}"]
+    cfg = config(tmp_path, "sweep.method=[lora]", *grids, f"pack={pack}")
+    index = ledger.Index(cfg.runs_dir)
+    return sweep.Execution(sweep.cells(cfg), cfg, index), Recording()
+
+
+def test_an_interrupted_pack_goes_on_as_it_was(tmp_path):
+    """Other members, or another order, would not find its checkpoint."""
+    execution, engine = packed(tmp_path, "{optim.lr:[1e-4,3e-4,1e-3,1e-2]}")
+    execution.submit(engine)
+    (job,) = engine.jobs
+    assert len(job["keys"]) == 4
+    for status in ("interrupted", "died"):
+        execution.settle(engine.jobs[-1], {"status": status, "reason": "", "full": False})
+        engine.capacity = 8  # of many workers each would have a smaller pack now
+        execution.submit(engine)
+        assert engine.jobs[-1]["keys"] == job["keys"]
+    assert len(engine.jobs) == 3
+    execution.settle(engine.jobs[-1], {"status": "failed", "reason": "why", "full": False})
+    execution.submit(engine)
+    assert len(engine.jobs) == 3 and len(execution.reasons) == 4, "nothing is left to pack"
+
+
+def test_a_pack_is_gathered_from_the_whole_grid(tmp_path):
+    """What stacks need not stand side by side in it."""
+    execution, engine = packed(tmp_path, "{optim.lr:[1e-4,1e-3,1e-2],optim.batch_size:[8,16]}")
+    execution.submit(engine)
+    sizes = [{c["optim"]["batch_size"] for c in job["configs"]} for job in engine.jobs]
+    assert sizes == [{8}, {16}] and [len(job["keys"]) for job in engine.jobs] == [3, 3]
+
+
+def test_an_engine_in_this_process_can_be_interrupted(monkeypatch):
+    answer = {"status": "interrupted", "reason": "", "full": False}
+    monkeypatch.setattr(worker, "serve", lambda job: answer)
+    with pytest.raises(KeyboardInterrupt):
+        Here().submit({})
+
+
+def test_folders_with_any_name(tmp_path, capsys):
+    odd = tmp_path / "a, (b)=é"
+    told = ["sweep.grid={}", f'runs_dir="{odd}"', f'data_root="{odd}"', "action=plan"]
+    cfg = compose("sweep", [*CHOICE, *told])
+    assert {cell.cfg.runs_dir for cell in sweep.cells(cfg)} == {str(odd)}
+
+
 def test_a_failed_run_is_told_kept_and_retried(tmp_path, capsys):
     def bad(*overrides: str):
         cfg = config(tmp_path, "sweep.method=[lora]", "sweep.seeds=[1]", *overrides)
@@ -153,6 +215,8 @@ def test_a_point_that_diverges_loses_and_the_cell_goes_on(tmp_path, capsys):
         ('overrides=["optim.epochs=x"]', "optim.epochs=x should be a whole number from 1"),
         ('overrides=["method=lora"]', r"method=lora: a sweep .* give 'sweep.method=\[lora\]'"),
         ('overrides=["seed=3"]', r"seed=3: a sweep .* give 'sweep.seeds=\[3\]'"),
+        ('overrides=["force=true"]', "force=true: .* has a record is not run again, delete its"),
+        ('overrides=["info=true"]', "info=true: .* give action=plan, or ask train.py"),
         ('overrides=["optim.lr=1"]', r"optim.lr=1 would be without effect.*\{optim.lr:\[1\]\}"),
     ],
 )
@@ -213,30 +277,48 @@ def test_slurm_that_is_not_there_or_refuses_is_said_at_once(tmp_path, monkeypatc
         dispatch.ask_slurm("#!/bin/sh\n", timeout=0.1)
 
 
-def test_a_runs_process_does_not_inherit_what_dask_sets_for_its_workers(tmp_path, monkeypatch):
-    import distributed
-
-    from scripts import dispatch, worker
-
+@pytest.fixture
+def dasks(tmp_path, monkeypatch):
+    """A worker of Dask's, whose children do nothing but answer with their environment, and leave
+    when they have told of a failure."""
     told = tmp_path / "python"
     told.write_text(
-        f"#!{sys.executable}\nimport json, os\ninput()\nprint(json.dumps(dict(os.environ)))\n"
+        f"""#!{sys.executable}
+import json, os, sys, time
+for line in sys.stdin:
+    status = json.loads(line).get("status", "done")
+    print(json.dumps({{"status": status, "pid": os.getpid(), **os.environ}}), flush=True)
+    if status == "failed":
+        time.sleep(0.5)
+        break
+"""
     )
     told.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(told))
-    dasks = types.SimpleNamespace(name="0")
-    monkeypatch.setattr(distributed, "get_worker", lambda: dasks)
+    made = types.SimpleNamespace(name="0", job={"root": str(tmp_path), "devices": [], "grace": 5})
+    monkeypatch.setattr(distributed, "get_worker", lambda: made)
+    yield made
+    for child in made.children_of_sweeps.values():
+        child.communicate()
+
+
+def test_no_run_is_handed_to_a_process_that_leaves(dasks):
+    execute, told = worker.feeder(), dasks.job | {"cell": "a", "environment": {}}
+    answers = [execute(told | {"status": s}) for s in ("done", "done", "failed", "failed", "done")]
+    pids = [answer["pid"] for answer in answers]
+    assert pids[0] == pids[1] == pids[2] and len(set(pids)) == 3
+
+
+def test_a_runs_process_does_not_inherit_what_dask_sets_for_its_workers(dasks, monkeypatch):
     for name, value in dask.config.get("distributed.nanny.pre-spawn-environ").items():
         monkeypatch.setenv(name, str(value))
 
-    job = {"root": str(tmp_path), "devices": [], "grace": 5}
+    job = dasks.job
     seen = worker.feeder()(job | {"cell": "a", "environment": dispatch.child_environment(3)})
     assert seen["OMP_NUM_THREADS"] == seen["MKL_NUM_THREADS"] == "3"
     assert "MALLOC_TRIM_THRESHOLD_" not in seen
     seen = worker.feeder()(job | {"cell": "b", "environment": dispatch.child_environment(None)})
     assert seen["OMP_NUM_THREADS"] == "1" and "MALLOC_TRIM_THRESHOLD_" not in seen
-    for child in dasks.children_of_sweeps.values():
-        child.communicate()
 
 
 def test_a_key_of_the_runs_needs_no_quoting(tmp_path, monkeypatch):

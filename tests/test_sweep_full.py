@@ -1,6 +1,7 @@
 """Sweeps as they are run: processes, sockets, Slurm, Hydra. All are `full`."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ RUNS = [
     *("device=cpu", "workers=0", "backbone=tiny_vit", "dataset=fake", "protocol=mini"),
 ]
 SWEEP = [
-    *("sweep.backbone=[tiny_vit]", "sweep.dataset=[fake]", "sweep.method=[bitfit,lora]"),
+    *("sweep.backbone=[tiny_vit]", "sweep.dataset=[fake]"),
+    "sweep.method=[bitfit,lora]",
     *("sweep.per_method={}", "sweep.seeds=[1,2]", *RUNS[:5]),
     "sweep.grid={optim.lr:[1e-4,3e-4,1e-3,1e-2],optim.weight_decay:[1e-4]}",
 ]
@@ -69,6 +71,17 @@ def test_nothing_is_lost_repeated_or_changed_by_kills(tmp_path):
     wrong = {"lost", "foreign", "repeated", "different", "claims_left"}
     assert sum(report["kills"].values()) > 0 and not any(report[key] for key in wrong)
     assert report["same_table"]
+
+
+def test_points_that_diverge_take_no_other_with_them(tmp_path):
+    """A process that has failed leaves: the next run must not be handed to it."""
+    rates = "sweep.grid={optim.lr:[1e30,1e31,1e32,1e33,1e-3],optim.weight_decay:[0]}"
+    told = [word for word in SWEEP if not word.startswith(("sweep.method", "sweep.grid"))]
+    told += ["sweep.method=[lora]", rates]
+    said = ended(command(tmp_path, *told, "engine.workers=1"))
+    assert "3 of 7 runs done" in said and "died" not in said
+    failures = [json.loads(p.read_text()) for p in tmp_path.glob("runs/fake/fake/*/failure.json")]
+    assert len(failures) == 4 and all("the loss is" in each["reason"] for each in failures)
 
 
 def test_a_local_sweep_listens_on_the_loopback_alone(tmp_path, calm):

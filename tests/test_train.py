@@ -1,14 +1,17 @@
 """One run, end to end, on a tiny backbone and made-up images: its record, its bits, its
 interruption, its number again."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -382,6 +385,39 @@ def test_wandb_mirrors_offline(tmp_path):
     ).communicate(timeout=180)
     assert process.returncode == 0, err
     assert list(folder(tmp_path).glob("wandb/offline-run-*")) and done(tmp_path)["metrics"]
+
+
+def test_a_mirror_is_closed_when_its_run_ends(tmp_path, monkeypatch):
+    """What wandb has not written by then is lost where a sweep's process leaves."""
+    told = []
+
+    class Mirror:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, *_):
+            told.append(kind)
+
+        def log(self, row, step):
+            told.append(step)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: Mirror()))
+    train.run(config(tmp_path, "logger=wandb", "optim.epochs=2", "optim.warmup_epochs=0"))
+    assert told == [1, 2, None]
+
+
+def test_what_failed_keeps_no_model(tmp_path, monkeypatch):
+    """A sweep's process, and a pack that is tried in halves, go on after a failure."""
+    kept = []
+
+    def failing(pack, *_):
+        kept.append(weakref.ref(pack.model))
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(train, "fit", failing)
+    (error,) = train.run_pack([config(tmp_path)])
+    gc.collect()
+    assert str(error) == "no such kernel" and kept[0]() is None
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

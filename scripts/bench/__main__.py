@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler need not tell when it starts
 
-import torch
-
 from eval import device_of
 from scripts import bench
 from scripts.bench import cost, listing, loader, measure, merge, pack, paths, readme, run, step
@@ -43,8 +41,6 @@ def main(arguments: list[str]) -> int:
             return 0
         given = options(rest, set(known))
         given["device"] = str(device_of(given.get("device", "cpu")))
-        if given["device"].startswith("cuda"):
-            torch.set_float32_matmul_precision("high")  # as train.py does
         path = measure.write(name, given["device"], measured(given))
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
