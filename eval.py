@@ -122,7 +122,12 @@ def changed(cfg: DictConfig, values: Mapping) -> DictConfig:
 def loader_of(cfg: DictConfig, split: str, device: torch.device, train: bool) -> data.Loader:
     """The batches of one split under the configuration's preset."""
     read = configuration.instantiate(cfg.dataset.reader)
-    images = read(split=split, data_root=cfg.data_root)
+    images, sizes = read(split=split, data_root=cfg.data_root), cfg.dataset.get("splits") or {}
+    if len(images) != sizes.get(split, len(images)):
+        raise ValueError(
+            f"{cfg.dataset.name} has {len(images)} images in its split {split!r}, where "
+            f"dataset.splits.{split} is {sizes[split]}"
+        )
     return data.load(
         images,
         data.Preset(**configuration.plain(cfg.preset)),

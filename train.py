@@ -49,10 +49,12 @@ from peft.watch import Progress, describe, mirror, write_log
 def run(cfg: DictConfig) -> float:
     """Trains and scores one run, or finds it done. Returns its headline accuracy in percent."""
     if cfg.info:
-        Run(cfg).check()
+        Run(cfg)
         print(f"{cfg.method.name} on {cfg.backbone.name}, {cfg.dataset.num_classes} classes")
         bare = {"backbone.pretrained": False, "backbone.head": None, "weights": None}
-        print(describe(model_of(changed(cfg, bare), torch.device("cpu"))))  # needs no checkpoint
+        model = model_of(changed(cfg, bare), torch.device("cpu"))  # needs no checkpoint
+        print(describe(model), flush=True)
+        peft.state.check_reached(model, cfg.image_size, cfg.method.get("no_gradient") or ())
         return 0.0
     (outcome,) = run_pack([cfg])
     parallel.leave()
@@ -75,8 +77,6 @@ def run_pack(cfgs: list[DictConfig]) -> list[float | Exception]:
         raise ValueError(
             f"these {len(runs)} runs cannot be stacked: {reason}; train them one at a time"
         )
-    for one in runs:
-        one.check()
     device = parallel.join(device_of(cfgs[0].device))
     found: dict[Path, float | Exception] = {}
     waiting = {}

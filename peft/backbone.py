@@ -174,9 +174,9 @@ def check_opens(block: nn.Module) -> None:
     """Raises ValueError unless `attend` and `feed` know how to run the halves of this block."""
     if not isinstance(block, (Block, SwinTransformerBlock)):
         raise ValueError(
-            f"{type(block).__name__} cannot be opened between its attention and its MLP; known: "
-            "timm's "
-            "pre-norm Block and SwinTransformerBlock, as the innermost placement on that block"
+            f"{type(block).__module__}.{type(block).__name__} cannot be opened between its "
+            "attention and its MLP; known: timm's vision_transformer.Block and "
+            "SwinTransformerBlock, as the innermost placement on that block"
         )
 
 

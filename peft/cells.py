@@ -223,6 +223,9 @@ def check(sweep: Mapping) -> None:
             f"sweep {sweep.get('name')} has the unknown key "
             f"{', '.join(sorted(set(sweep) - KEYS))}; there is: {', '.join(sorted(KEYS))}"
         )
+    needed = ["dataset"] + ([] if sweep.get("rows") else ["backbone", "method", "protocol"])
+    if missing := [key for key in needed if key not in sweep]:
+        raise ValueError(f"sweep {sweep.get('name')} has no {', '.join(missing)}")
     axes = [("dataset", sweep["dataset"])]
     if not sweep.get("rows"):
         axes += [("backbone", sweep["backbone"]), ("method", sweep["method"])]
@@ -304,6 +307,7 @@ def cells_of(
     """Every cell of a sweep, checked before anything runs: of a table only some `rows`, by number,
     and `datasets`, by the names of their tasks. Raises ValueError for an unknown key, an empty
     axis, a row or task that is not there, or a method that does not apply to a backbone."""
+    sweep = {"grid": None, "seeds": None, "overrides": [], **sweep}
     check(sweep)
     if datasets:
         known = {name.rpartition("/")[2]: name for name in sweep["dataset"]}

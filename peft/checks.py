@@ -111,6 +111,12 @@ RULES: dict[str, Rule] = {
     "sweep.seeds": nullable(lists(counts(0))),
 }
 
+# What the yaml of a run's dataset, and of its method, must have.
+NEEDED = {
+    "dataset": ("name", "suite", "num_classes", "reader"),
+    "method": ("name", "placements", "trainable"),
+}
+
 DELETE = "nothing: what has a record is not run again, delete its folder"
 
 # What a sweep decides for its runs, and how to say it to a sweep, and to one that is a table.
@@ -144,6 +150,10 @@ def check(config: Mapping) -> None:
             node = node[part] if isinstance(node, Mapping) and part in node else KeyError
         values += [(path, node)] if node is not KeyError else []
     check_values(values)
+    for group, needed in NEEDED.items():
+        node = config.get(group)
+        if isinstance(node, Mapping) and (missing := [k for k in needed if k not in node]):
+            raise ValueError(f"the yaml of this {group} has no {', '.join(missing)}")
     optim = config.get("optim")
     if optim:
         needs = {"adamw": "betas", "sgd": "momentum"}[optim["optimizer"]]

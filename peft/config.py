@@ -131,6 +131,10 @@ def explain(error: Exception, config_name: str) -> str:
     return "; ".join([text, *(hint for said, hint in HINTS.items() if said in text)])
 
 
+# What is told in one paragraph; timm asserts what others raise.
+TOLD = (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, AssertionError)
+
+
 def entry(config_name: str) -> Callable:
     """Hydra's decorator with our errors: one paragraph on stderr, exit status 1 (130 for Ctrl-C).
     PEFT_TRACEBACK=1 shows where from."""
@@ -141,7 +145,7 @@ def entry(config_name: str) -> Callable:
                 return main(cfg)
             except KeyboardInterrupt:
                 _stop("interrupted: the same command goes on from the last checkpoint", 130)
-            except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+            except TOLD as error:
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     raise  # Hydra goes on with the other jobs and raises this at the end
                 _stop(str(error), 1)
@@ -159,7 +163,7 @@ def entry(config_name: str) -> Callable:
                 _stop("interrupted", 130)
             except (HydraException, OmegaConfBaseException) as error:
                 _stop(explain(error, config_name), 1)
-            except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+            except TOLD as error:
                 _stop(str(error), 1)
 
         return command

@@ -63,6 +63,12 @@ class WeightTuner(Tuner):
     # see W', not W.
     @property
     def weight(self) -> Tensor:
+        drops = [m for n, m in self.named_children() if n != "base" and isinstance(m, nn.Dropout)]
+        if self.training and any(drop.p for drop in drops):
+            raise RuntimeError(
+                f"the layer above a {type(self).__name__} reads its weight instead of calling it: "
+                "dropout has no effect there, give method.dropout=0"
+            )
         return self.adapted(self.base.weight, self.base.bias)[0]
 
     @property

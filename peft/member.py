@@ -16,18 +16,16 @@ from peft import record as records
 
 @dataclass
 class Run:
-    """A run's configuration, what of it makes its identity, and its folder."""
+    """A run's configuration, what of it makes its identity, and its folder. Raises ValueError,
+    naming the key, for a value that no run can mean."""
 
     cfg: DictConfig
 
     def __post_init__(self) -> None:
+        checks.check(self.cfg)
         self.config = records.portable(configuration.plain(self.cfg))
         self.key = records.key_of(self.config)
         self.folder = records.folder_of(self.config, self.cfg.runs_dir)
-
-    def check(self) -> None:
-        """Raises ValueError, naming the key, for a value that no run can mean."""
-        checks.check(self.cfg)
 
     def done(self) -> float | None:
         """Its headline accuracy, where it has a record and is not forced to run again."""

@@ -103,7 +103,7 @@ def assemble(
         "config": config,
         "suite": dataset["suite"],
         "task": dataset["name"],
-        "group": dataset["group"],
+        "group": dataset.get("group"),
         "backbone": config["backbone"]["name"],
         "method": config["method"]["name"],
         "variant": variant,

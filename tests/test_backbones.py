@@ -111,7 +111,8 @@ def on_meta(backbone: str, method: str = "linear", num_classes: int = 10) -> nn.
 
 
 def test_every_full_size_backbone_has_its_size_here():
-    assert sorted(SIZES) == [name for name in ALL if not name.startswith("tiny_")]
+    full = [name for name in ALL if not name.startswith("tiny_")]
+    assert sorted(SIZES) == full, "a new backbone goes into SIZES: its parameters and its sites"
 
 
 @pytest.mark.parametrize("backbone", SIZES)

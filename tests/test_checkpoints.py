@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import tiny
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -345,6 +346,17 @@ def test_as_mlp_pth(tmp_path, settings):
         loaded("tiny_asmlp", tmp_path / "asmlp.pth"),
         {name: t for name, t in state.items() if not name.startswith("head.")},
     )
+
+
+def test_the_digest_leaves_out_what_a_tuner_keeps():
+    """Its parameters and its buffers: one checkpoint has one name, whatever method starts there."""
+    model = tiny("tiny_vit", "lora")
+    before = digest(model)
+    for tuner in peft.tuners(model).values():
+        tuner.register_buffer("places", torch.arange(3))
+    assert digest(model) == before
+    next(iter(peft.tuners(model).values())).base.register_buffer("scale", torch.ones(1))
+    assert digest(model) != before
 
 
 def test_the_digest_does_not_depend_on_the_format(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import peft
-from peft.checks import RULES, check, check_words
+import train
+from peft.checks import NEEDED, RULES, check, check_words
 from peft.config import CONFIGS, catalogue, compose, plain
 
 # names of files, folders and devices, and what programs fill in: asked for where they are used
@@ -19,6 +20,18 @@ def test_every_key_of_a_run_has_a_rule():
 
 def of(group: str, name: str) -> dict:
     return plain(compose("train", [f"{group}={name}"])[group])
+
+
+@pytest.mark.parametrize(
+    ("group", "lacks"), [(g, key) for g, keys in NEEDED.items() for key in keys]
+)
+def test_what_a_yaml_must_have_is_told(group, lacks):
+    """By its author's first run, and not after it was trained."""
+    cfg = compose("train", ["dataset=fake", "method=lora"])
+    OmegaConf.set_struct(cfg, False)
+    del cfg[group][lacks]
+    with pytest.raises(ValueError, match=f"the yaml of this {group} has no {lacks}"):
+        train.run(cfg)
 
 
 @pytest.mark.parametrize("path", RULES)

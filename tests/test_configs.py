@@ -57,11 +57,14 @@ def test_a_method_says_where_it_comes_from_and_what_it_counts(name):
 def test_a_dataset_brings_the_protocol_of_its_suite(name):
     """VTAB-1k is not trained for 4 epochs at 56 pixels because nobody named a protocol."""
     suite = name.partition("/")[0]
-    usual = "mini" if suite in {"mini", "fake"} else f"{suite}_honest"
+    usual = {"mini": "mini", "fake": "mini", "folder": "fgvc_honest"}.get(suite, f"{suite}_honest")
     cfg = compose("train", [f"dataset={name}"])
+    if suite not in {"mini", "fake", "folder", "vtab", "fgvc", "cifar"}:
+        return  # a suite of somebody's own has what protocol it likes
     assert cfg.protocol.name == usual and cfg.image_size == (56 if usual == "mini" else 224)
     if usual != "mini":
-        told = compose("train", [f"dataset={name}", f"protocol={suite}_peek", "preset=vtab_none"])
+        peek = usual.replace("honest", "peek")
+        told = compose("train", [f"dataset={name}", f"protocol={peek}", "preset=vtab_none"])
         assert told.protocol.selection == "best_on_test" and told.preset.name == "vtab_none"
 
 

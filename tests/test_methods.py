@@ -107,6 +107,14 @@ def test_count_is_the_papers_formula(method):
     assert counts["tuned"] == expected, f"{counts['tuned']} tuned, but {yaml.formula} = {expected}"
 
 
+def test_dropout_that_would_have_no_effect_is_refused():
+    """An owner that reads the weight, as timm's BEiT does, never calls what drops."""
+    (tuner, *_) = peft.tuners(tiny("tiny_vit", "lora", dropout=0.5).train()).values()
+    with pytest.raises(RuntimeError, match=r"reads its weight .* give method.dropout=0"):
+        _ = tuner.weight
+    assert tuner.eval().weight.shape == tuner.base.weight.shape
+
+
 @cells
 def test_merge(backbone, method, images):
     model = jitter(fresh(backbone, method)).eval()

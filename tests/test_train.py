@@ -420,6 +420,29 @@ def test_what_failed_keeps_no_model(tmp_path, monkeypatch):
     assert str(error) == "no such kernel" and kept[0]() is None
 
 
+def test_info_vouches_for_nothing_that_cannot_train(tmp_path, monkeypatch, capsys):
+    real = train.model_of
+
+    def idle(cfg, device):
+        model = real(cfg, device)
+        model.idle = torch.nn.Parameter(torch.zeros(1))
+        return model
+
+    train.run(config(tmp_path, "info=true"))
+    monkeypatch.setattr(train, "model_of", idle)
+    with pytest.raises(ValueError, match=r"no gradient reaches 1 of .* trainable tensors: idle"):
+        train.run(config(tmp_path, "info=true"))
+
+
+def test_a_split_of_another_size_is_told(tmp_path):
+    """The fake reader makes what it is told, so that another number is told to the loop alone."""
+    cfg = config(tmp_path)
+    cfg.dataset.reader.splits = {**cfg.dataset.splits}
+    cfg.dataset.splits.test = 31
+    with pytest.raises(ValueError, match="fake has 32 images in its split 'test', where dataset"):
+        train.run(cfg)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "runs").write_text("a file where a folder should be")
     with pytest.raises(OSError, match=r"cannot write to .*runs_dir=FOLDER"):

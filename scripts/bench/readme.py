@@ -36,7 +36,7 @@ def step(result: dict) -> Lines:
     excess = [row["excess"] for row in result["methods"]]
     over = sum(value > 1.3 for value in excess)
     yield (
-        "time of a step over that of its operations",
+        "time of a step over what its operations take at full fine-tuning's rate",
         f"{spread(excess)}; above 1.3 for {over} of {len(excess)} methods",
     )
 
@@ -55,8 +55,8 @@ def pack(result: dict) -> Lines:
         best = max(row["packs"], key=lambda p: p.get("runs_per_hour", 0))
         yield (
             f"{row['method']}: most runs an hour, one at a time = 1",
-            f"{best['to_one_at_a_time']:.2f}, of {row['chosen']} at once"
-            f"{', compiled' if best['compiled'] else ''}, at "
+            f"{best['to_one_at_a_time']:.2f}, with {row['chosen']} at once"
+            f"{' and compiled' if best['compiled'] else ''}, at "
             f"{100 * best['share_of_matmul_rate']:.0f} % of the device's matmul rate",
         )
 
@@ -98,8 +98,12 @@ def table(results: dict[str, dict]) -> str:
     for name, figures in FIGURES.items():
         for stem in (name, f"{name}-cuda"):
             if stem in results:
-                on = "any machine" if name == "cost" else pages.machine(results[stem])
-                lines += [(*line, on) for line in figures(results[stem])]
+                result = results[stem]
+                on = "any machine" if name == "cost" else pages.machine(result)
+                if "blocks" in result:
+                    on += f"; {result['blocks']} blocks of {result['backbone']}, batches of "
+                    on += f"{result['batch_size']}"
+                lines += [(*line, on) for line in figures(result)]
     return tabulate(lines, ("what", "figure", "on"), tablefmt="github", disable_numparse=True)
 
 
