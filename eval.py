@@ -148,7 +148,11 @@ def loader_of(cfg: DictConfig, split: str, device: torch.device, train: bool) ->
 
 def evaluate(model: nn.Module, loader: data.Loader, autocast: torch.autocast) -> float:
     """Top-1 accuracy in percent; see `confusion`."""
-    table = confusion(model, loader, autocast)
+    return accuracy(confusion(model, loader, autocast))
+
+
+def accuracy(table: Tensor) -> float:
+    """Top-1 in percent, from a confusion matrix."""
     return 100 * table.trace().item() / table.sum().item()
 
 
@@ -258,7 +262,7 @@ def run(cfg: DictConfig) -> float:
     split = cfg.split or scored.score_on
     loader = loader_of(trained, split, device, train=False)
     table = confusion(model, loader, autocast)
-    top1 = 100 * table.trace().item() / table.sum().item()
+    top1 = accuracy(table)
     print(f"{record['method']} on {record['task']}/{split}: top-1 {top1:.2f} %")
     if cfg.per_class:
         print(per_class(table))

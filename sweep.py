@@ -157,8 +157,9 @@ class Execution:
             if other.cell is job.cell and not other.begun:
                 one, two = job.runs[0].config, other.runs[0].config
                 found += [] if cannot_stack([one, two]) else [other]
-        taken = set(map(id, found))
-        self.todo = deque(other for other in self.todo if id(other) not in taken)
+        if found:
+            taken = set(map(id, found))
+            self.todo = deque(other for other in self.todo if id(other) not in taken)
         return [run for other in found for run in other.runs]
 
     def settle(self, told: dict, answer: dict) -> None:

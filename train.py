@@ -49,7 +49,7 @@ from peft.watch import Progress, describe, mirror, write_log
 def run(cfg: DictConfig) -> float:
     """Trains and scores one run, or finds it done. Returns its headline accuracy in percent."""
     if cfg.info:
-        Run(cfg)
+        Run(cfg)  # refuses what no run can mean
         print(f"{cfg.method.name} on {cfg.backbone.name}, {cfg.dataset.num_classes} classes")
         bare = {"backbone.pretrained": False, "backbone.head": None, "weights": None}
         model = model_of(changed(cfg, bare), torch.device("cpu"))  # needs no checkpoint

@@ -62,6 +62,6 @@ def test_what_does_not_fit_is_told(birds):
 
 def test_a_run_on_pictures_of_ones_own(birds):
     told = [word for word in TINY if not word.startswith(("dataset", "protocol", "preset"))]
-    own = ["dataset=folder", "dataset.name=birds", f"data_root={birds}", f"runs_dir={birds}/runs"]
-    train.run(compose("train", [*told, *own]))
+    own = ["method=lora", "dataset=folder", "dataset.name=birds", f"data_root={birds}"]
+    train.run(compose("train", [*told, *own, f"runs_dir={birds}/runs"]))
     assert len(list((birds / "runs/own/birds").glob("lora-*/record.json"))) == 1
