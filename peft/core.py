@@ -101,6 +101,12 @@ def attach(
         raise ValueError(
             "this model already carries tuners: merge(model) first, or build the backbone afresh"
         )
+    if "head" not in getattr(model, "sites", {}):
+        raise ValueError(
+            f"this {type(model).__name__} does not say where its sites are: set model.sites, "
+            r"regular expressions over paths, as in {'head': 'fc', 'conv': r'layer\d\..*conv\d'}, "
+            "the classifier among them; peft.create brings them along"
+        )
     selected = parameters_of(model, trainable)
     # what will stand at each path; a second placement on a site wraps the first
     standing: dict[str, nn.Module] = {}
@@ -113,6 +119,9 @@ def attach(
             )
         bases = resolve(model, placement["sites"], placement.get("layers"))
         make: Callable = placement["tuner"]
+        if isinstance(kind := getattr(make, "func", make), type):
+            name = kind.__name__
+            raise ValueError(f"the tuner of a placement takes all of its sites: {name}.over")
         try:
             made = make({path: standing.get(path, base) for path, base in bases.items()})
         except TypeError as error:  # rank=2.5, rank=many

@@ -1,8 +1,10 @@
 """Every yaml composes, and everything it names exists."""
 
 import inspect
+from functools import partial
 
 import pytest
+import timm
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -117,6 +119,17 @@ def test_attach_checks_before_it_touches():
     assert list(peft.tuners(model)) == ["blocks.1.attn.qkv", "blocks.3.attn.qkv"]
     with pytest.raises(ValueError, match="already carries tuners"):
         peft.attach(model)
+
+
+def test_a_network_of_ones_own_says_where_its_sites_are():
+    model = timm.create_model("test_resnet", num_classes=5)
+    with pytest.raises(ValueError, match=r"this ResNet does not say where its sites are"):
+        peft.attach(model)
+    model.sites = {"head": "fc", "conv": r"layer\d\..*conv\d"}
+    with pytest.raises(ValueError, match=r"takes all of its sites: LoRA\.over"):
+        peft.attach(model, [{"sites": ["conv"], "tuner": partial(LoRA, rank=2)}])
+    peft.attach(model, [{"sites": ["conv"], "tuner": partial(LoRA.over, rank=2)}])
+    assert peft.tuners(model) and peft.count(model)["tuned"] > 0
 
 
 def test_hugging_faces_names_explain_themselves():

@@ -16,6 +16,7 @@ from peft import record as records
 from peft.config import compose
 from scripts import dispatch, worker
 from scripts.dispatch import Here
+from scripts.execution import Execution
 
 CHOICE = [
     "sweep.backbone=[tiny_vit]",
@@ -110,11 +111,11 @@ class Recording:
         self.jobs.append(job)
 
 
-def packed(tmp_path, grid: str, pack="all") -> tuple[sweep.Execution, Recording]:
+def packed(tmp_path, grid: str, pack="all") -> tuple[Execution, Recording]:
     grids = ["++sweep.grid=null", f"++sweep.grid={grid}"]
     cfg = config(tmp_path, "sweep.method=[lora]", *grids, f"pack={pack}")
     index = ledger.Index(cfg.runs_dir)
-    return sweep.Execution(sweep.cells(cfg), cfg, index), Recording()
+    return Execution(sweep.cells(cfg), cfg, index), Recording()
 
 
 def test_an_interrupted_pack_goes_on_as_it_was(tmp_path):
