@@ -79,8 +79,8 @@ class Run:
             "traceback": "".join(traceback.format_exception(error)),
             "config": self.config,
         }
-        for cause in (error, error.__cause__):  # their frames hold the model and its batches
-            traceback.clear_frames(cause.__traceback__) if cause else None
+        for cause in filter(None, (error, error.__cause__)):
+            traceback.clear_frames(cause.__traceback__)  # they hold the model and its batches
         path = self.folder / "failure.json"
         # which of several processes failed is known to that one; the others only miss it
         missed = parallel.world() > 1 and "closed by peer" in reason["reason"]
