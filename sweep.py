@@ -138,7 +138,8 @@ def tabulate(cells: list[Cell], cfg: DictConfig) -> None:
         return
     folder = Path(cfg.runs_dir) / cfg.sweep.name
     folder.mkdir(parents=True, exist_ok=True)
-    text = markdown(table(found)) + how_chosen(cells, cfg)
+    tried = [run.record for cell in cells for run in cell.candidates if run.entry]
+    text = markdown(table(found + tried)) + how_chosen(cells, cfg)
     records.write(folder / "table.md", text)
     accuracy_plot(found, folder / "table.png")
     maps = draw_choices(cells, folder)

@@ -234,7 +234,12 @@ def notes(cells: Sequence[Cell], records: Iterable[dict] = ()) -> list[str]:
     """What our figures are: protocol, data, epochs, seeds, backbone; and, where the `records` of
     the grids are given, how many rates lie at an end of those tried."""
     several = any(cell.std is not None for cell in cells)
-    spread = "; ± sample standard deviation over seeds." if several else ", of one seed."
+    spread = (
+        "; ± sample standard deviation over seeds, which draw initialisation and dropout, not the "
+        "order of the images (that is data_seed's)."
+        if several
+        else ", of one seed."
+    )
     found = ["Ours: top-1 accuracy on the test split in percent" + spread]
     for name in sorted({cell.record["protocol"] for cell in cells}):
         of = [cell for cell in cells if cell.record["protocol"] == name]
