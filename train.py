@@ -54,6 +54,9 @@ def run(cfg: DictConfig) -> float:
         bare = {"backbone.pretrained": False, "backbone.head": None, "weights": None}
         model = model_of(changed(cfg, bare), torch.device("cpu"))  # needs no checkpoint
         print(describe(model), flush=True)
+        with torch.no_grad():  # what starts at zero is no longer zero in a checkpoint
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
         peft.state.check_reached(model, cfg.image_size, cfg.method.get("no_gradient") or ())
         return 0.0
     (outcome,) = run_pack([cfg])

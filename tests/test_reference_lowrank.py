@@ -206,7 +206,8 @@ def transformer(width: int, layers: int) -> dict[str, nn.Linear]:
 
 def increments(tuners: dict) -> dict[str, np.ndarray]:
     return {
-        path: (tuner.weight - tuner.base.weight).detach().numpy() for path, tuner in tuners.items()
+        path: (tuner.eval().weight - tuner.base.weight).detach().numpy()
+        for path, tuner in tuners.items()
     }
 
 
