@@ -71,15 +71,15 @@ class Execution:
         pack = min(most, -(-len(self.todo) // max(1, engine.capacity // 2)))
         while self.todo and len(self.flying) < engine.capacity:
             job = self.todo.popleft()
-            cell, runs = job.cell, job.runs
-            claims = [(run, claim) for run in runs if (claim := ledger.claim_of(run.folder))]
-            if any(not self.watch.silent(claim) for _, claim in claims):
-                self.held |= dict.fromkeys(runs, cell)
+            cell, runs = job.cell, job.runs + ([] if job.begun else self.alike(job, pack - 1))
+            claims = {run: claim for run in runs if (claim := ledger.claim_of(run.folder))}
+            others = [run for run, claim in claims.items() if not self.watch.silent(claim)]
+            self.held |= dict.fromkeys(others, cell)
+            self.silent |= {run: claims[run].name for run in claims.keys() - set(others)}
+            runs = [run for run in runs if run not in others]
+            if not runs:
                 continue
-            self.silent |= {run: claim.name for run, claim in claims}
-            if not job.begun:
-                runs += self.alike(job, pack - 1)
-            self.flying[runs[0].key] = job
+            self.flying[runs[0].key] = job._replace(runs=runs)
             engine.submit(
                 {
                     "root": str(Path(__file__).parent.parent.absolute()),

@@ -143,6 +143,21 @@ def test_a_pack_is_gathered_from_the_whole_grid(tmp_path):
     assert sizes == [{8}, {16}] and [len(job["keys"]) for job in engine.jobs] == [3, 3]
 
 
+def test_a_pack_takes_over_what_a_dead_machine_held(tmp_path):
+    """All of it, not its first run alone; what is still being run elsewhere stays there."""
+    execution, engine = packed(tmp_path, "{optim.lr:[1e-4,1e-3,1e-2]}")
+    runs = [run for job in execution.todo for run in job.runs]
+    for run in runs[1:]:
+        run.folder.mkdir(parents=True)
+        (run.folder / "claim.0").write_text(f"elsewhere:1@2.0 {run.key}\n")
+    execution.submit(engine)
+    assert engine.jobs[0]["keys"] == [runs[0].key] and [*execution.held] == runs[1:]
+    execution.watch.timeout = -1.0  # it has given no sign of life for long enough
+    execution.poll()
+    execution.submit(engine)
+    assert engine.jobs[1]["keys"] == engine.jobs[1]["silent"] == [run.key for run in runs[1:]]
+
+
 def test_an_engine_in_this_process_can_be_interrupted(monkeypatch):
     answer = {"status": "interrupted", "reason": "", "full": False}
     monkeypatch.setattr(worker, "serve", lambda job: answer)
