@@ -286,8 +286,11 @@ def fit(
     title = f"{cfg.method.name} {cfg.dataset.name}" + (f" x {len(runs)}" if len(runs) > 1 else "")
     progress = Progress(title, total, history.step, batches.batch_size, quiet)
     with stop, progress, mirrored:
-        told = [] if quiet else [mirror(cfg.logger, one.config, one.folder) for one in runs]
-        mirrors = [mirrored.enter_context(one) for one in told]
+        mirrors = [
+            mirrored.enter_context(mirror(cfg.logger, one.config, one.folder))
+            for one in runs
+            if not quiet
+        ]
         while history.step < total and pack.members:
             pack.net.train()
             epoch, start = divmod(history.step, per_epoch)

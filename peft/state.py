@@ -120,9 +120,12 @@ def count(model: nn.Module) -> dict[str, int]:
 def digest(model: nn.Module) -> str:
     """sha256 of the pre-trained tensors, head and tuners left out: names what was loaded, whatever
     the file format."""
-    added = {id(p) for tuner in tuners(model).values() for p in own_parameters(tuner).values()}
-    for tuner in tuners(model).values():
-        added |= {id(b) for name, b in tuner.named_buffers() if not name.startswith("base.")}
+    added = {
+        id(t)
+        for tuner in tuners(model).values()
+        for name, t in [*tuner.named_parameters(), *tuner.named_buffers()]
+        if not name.startswith("base.")
+    }
     head, sha = head_path(model) + ".", hashlib.sha256()
     tensors = {
         _clean(model, name): t

@@ -248,10 +248,8 @@ def test_what_comes_before_the_first_tuner_runs_once_and_without_a_graph(images)
 def test_a_pack_that_diverges_says_each_members_rate(tmp_path):
     cfgs = [config(tmp_path, "method=full", f"optim.lr={lr}") for lr in ("1e12", "1e13")]
     lost = train.run_pack(cfgs)
-    assert ["optim.lr=1e+12" in str(lost[0]), "optim.lr=1e+13" in str(lost[1])] == [True, True]
-    assert (
-        not list(tmp_path.rglob("record.json")) and len(list(tmp_path.rglob("failure.json"))) == 2
-    )
+    assert "optim.lr=1e+12" in str(lost[0]) and "optim.lr=1e+13" in str(lost[1])
+    assert len(list(tmp_path.rglob("failure.json"))) == 2 and not list(tmp_path.rglob("record.*"))
 
 
 def test_a_compiled_pack_may_lose_many_members(images, monkeypatch):

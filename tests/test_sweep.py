@@ -165,7 +165,7 @@ def test_an_engine_in_this_process_can_be_interrupted(monkeypatch):
         Here().submit({})
 
 
-def test_folders_with_any_name(tmp_path, capsys):
+def test_folders_with_any_name(tmp_path):
     odd = tmp_path / "a, (b)=é"
     told = ["sweep.grid={}", f'runs_dir="{odd}"', f'data_root="{odd}"', "action=plan"]
     cfg = compose("sweep", [*CHOICE, *told])

@@ -420,7 +420,7 @@ def test_what_failed_keeps_no_model(tmp_path, monkeypatch):
     assert str(error) == "no such kernel" and kept[0]() is None
 
 
-def test_info_vouches_for_nothing_that_cannot_train(tmp_path, monkeypatch, capsys):
+def test_info_vouches_for_nothing_that_cannot_train(tmp_path, monkeypatch):
     real = train.model_of
 
     def idle(cfg, device):
