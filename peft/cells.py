@@ -62,6 +62,14 @@ class Run:
     def record(self) -> dict | None:
         return records.read(self.folder / "record.json") if self.entry else None
 
+    def chosen_from(self) -> None:
+        """Where a grid was widened, and its choice stayed: lets the record of a final run that is
+        done say so. Nothing else in it changes; a narrower grid leaves it as it is."""
+        tried = self.config.get("selected_from") or []
+        if len(tried) > 1 and set((record := self.record)["selected_from"]) < set(tried):
+            content = records.sealed(record | {"selected_from": tried})
+            records.write(self.folder / "record.json", content)
+
 
 class Cell:
     """One row and column of a table: a backbone, a dataset, a variant of a method; the runs of its

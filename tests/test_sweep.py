@@ -72,6 +72,21 @@ def test_grid_choice_finals_and_table(tmp_path, capsys):
     assert (tmp_path / "runs/mini/table.md").read_text() == table
 
 
+def test_a_wider_grid_with_the_same_choice_is_told_by_the_finals(tmp_path):
+    narrow = config(tmp_path, "sweep.method=[linear]", "sweep.grid={optim.lr:[1e-4,1e-2]}")
+    wide = config(tmp_path, "sweep.method=[linear]", "sweep.grid={optim.lr:[1e-9,1e-4,1e-2]}")
+    seen = []
+    for cfg in (narrow, wide, narrow):
+        sweep.run(cfg)
+        seen.append(sorted((r for r in all_records(tmp_path)), key=lambda r: r["key"]))
+    finals = [[r for r in found if r["phase"] == "final"] for found in seen]
+    assert len(finals[0]) == 2
+    for before, after, later in zip(*finals, strict=True):
+        grid = {r["key"] for r in seen[1] if r["phase"] == "grid"}
+        assert set(before["selected_from"]) < set(after["selected_from"]) == grid and len(grid) == 3
+        assert before == after | {"selected_from": before["selected_from"]} and later == after
+
+
 def test_plan_touches_nothing(tmp_path, capsys):
     sweep.run(config(tmp_path, "action=plan"))
     assert not (tmp_path / "runs").exists()
