@@ -6,7 +6,9 @@ know the wrappings (`model`, `state_dict`, `module.`) and the older names of its
 by name.
 """
 
+import argparse
 import contextlib
+import pickle
 import re
 import sys
 import zipfile
@@ -115,11 +117,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return from_google({name: torch.from_numpy(arrays[name]) for name in arrays.files})
-        # Swin's and AS-MLP's training scripts save their settings, a kind of dict, beside the
-        # weights; they are never looked at.
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        # Training scripts save their settings beside the weights, Swin's and AS-MLP's as a kind of
+        # dict, MAE's as a Namespace; they are never looked at.
+        settings = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
+        with torch.serialization.safe_globals(settings):
             return load_state_dict(str(path), weights_only=True)
     except (
+        pickle.UnpicklingError,
         RuntimeError,
         ValueError,
         EOFError,

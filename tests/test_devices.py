@@ -10,7 +10,7 @@ import torch
 from conftest import CLASSES, TINY, applies, home, stackable, tiny
 from test_train import config, done, ending_before, folder
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from peft.config import catalogue
@@ -108,5 +108,5 @@ def test_a_pack_in_half_precision_keeps_it(backbone, method, half):
 
 
 def test_fake_tensors_refuse_another_device():
-    with FakeTensorMode(), pytest.raises(FakeTensorDeviceMismatchError):
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="two (different )?devices"):
         torch.zeros(2, device="cuda") + torch.zeros(2)

@@ -119,7 +119,7 @@ def where(step: Callable[[], None], device: str) -> dict[str, dict[str, float]]:
     in the device's time, with `busy`, its share in the step's."""
     on_gpu = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as trace:
+    with profile(activities=activities, acc_events=True) as trace:
         step()
     spent = {}
     for event in trace.key_averages():
