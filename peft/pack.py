@@ -321,6 +321,8 @@ class Folded(TorchFunctionMode):
         if func in TAKEN_APART and torch.is_autocast_enabled(kind := args[0].device.type):
             dtype = torch.get_autocast_dtype(kind)
             args, given = tree_map_only(Tensor, lambda t: t.to(dtype), (args, given))
+        if func is Tensor.unflatten:  # torch 2.11 cannot compile the method
+            return torch.unflatten(*args, **given)
         if func is F.adaptive_avg_pool2d and len(args) == 2 and args[0].dim() == 4:
             return _pool(*args)
         attends = func is F.scaled_dot_product_attention and len(args) == 3
