@@ -126,30 +126,30 @@ def document(made: dict[str, Table]) -> str:
     )
 
 
-def keep(sources: Sequence[Path]) -> list[Path]:
-    """Copies the records at or below `sources` into results/records, each as it is.
+def keep(sources: Sequence[Path]) -> list[dict]:
+    """Copies the records at or below `sources` into results/records, each as it is; one that is
+    there already only where it has been chosen from a wider grid since.
 
     Raises ValueError, with nothing copied, for a bad record, one that is there already with other
     content, or one that cannot stand in a table beside those that are kept.
     """
     found = [record for source in sources for record in collect(source)]
-    targets = {}
+    taken: dict[Path, dict] = {}
     for record in found:
         target = RECORDS / records.folder_of(record["config"], "") / "record.json"
-        content = Path(record["file"]).read_bytes()
-        if target.exists() and target.read_bytes() != content:
+        there, tried = records.read(target) if target.exists() else None, record["selected_from"]
+        if there and {**there, "selected_from": tried, "file": record["file"]} != record:
             raise ValueError(
                 f"{record['file']} and {target} are the same run with other results, and one "
                 "measurement is kept of each: delete the one that you do not trust."
             )
-        targets[target] = content
-    new = [record for record, target in zip(found, targets) if not target.exists()]
-    cells([*kept(), *new])
-    for target, content in targets.items():
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            records.write(target, content)
-    return list(targets)
+        if there is None or set(there["selected_from"]) < set(tried):
+            taken[target] = record
+    cells([*kept(), *(record for target, record in taken.items() if not target.exists())])
+    for target, record in taken.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        records.write(target, Path(record["file"]).read_bytes())
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

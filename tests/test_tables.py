@@ -367,6 +367,11 @@ def test_nothing_is_kept_that_cannot_stand_beside_the_others(folder, kept):
         tabulate.main(["--keep", str(folder.parent / "new")])
     assert files(kept) == before
     path = folder / "digits" / "rlrr-s42" / "record.json"
+    records.write(path, records.read(path) | {"selected_from": ["0" * 64]})
+    tabulate.main(["--keep", str(path)])  # but a grid may have been widened
+    changed = [name for name, content in files(kept).items() if content != before[name]]
+    assert len(changed) == 1 and records.read(kept / changed[0])["selected_from"] == ["0" * 64]
+    before = files(kept)
     path.write_text(path.read_text().replace('"top1_last": 47', '"top1_last": 48'))
     with pytest.raises(ValueError, match="the same run with other results"):
         tabulate.main(["--keep", str(path)])
