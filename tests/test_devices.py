@@ -108,5 +108,5 @@ def test_a_pack_in_half_precision_keeps_it(backbone, method, half):
 
 
 def test_fake_tensors_refuse_another_device():
-    with FakeTensorMode(), pytest.raises(RuntimeError, match="two (different )?devices"):
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"two (different )?devices"):
         torch.zeros(2, device="cuda") + torch.zeros(2)
