@@ -327,7 +327,7 @@ def environment() -> dict:
         return found.stdout.strip() if found.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "torchvision", "timm", "hydra-core", "numpy")
+    packages = ("torch", "torchvision", "timm", "hydra-core", "numpy", "pillow")
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),

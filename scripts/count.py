@@ -200,7 +200,7 @@ def table(backbone: str | None, method: str | None) -> str:
             line(name, on, counted.tuned, counted, "", "", "")
     head = ("method", "backbone", "tuned", "head", "share", "formula", "published", "verdict")
     sides = ("left", "left", "right", "right", "right", "left", "right", "left")
-    widths = (36, None, None, None, None, 40, None, None)
+    widths = [36, None, None, None, None, 40, None, None]
     ordered = sorted(lines, key=lambda cells: (cells[1], cells[0]))
     return tabulate(ordered, head, colalign=sides, maxcolwidths=widths)
 
