@@ -11,10 +11,10 @@ PY           := $(VENV)/bin/python
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-full test-gpu lint tables report clean
+.PHONY: help setup install demo test test-full test-gpu test-lowest lint tables report clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  PYTHON=python3.12 chooses the interpreter of the first call, VENV=DIR where its packages go"
 
 setup: ## Create the virtual environment and install the requirements (once)
@@ -52,6 +52,10 @@ test-full: lint ## Lint, then every test, torch.compile included
 test-gpu: setup ## The tests that need a CUDA GPU; the others hide it and train on the CPU
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(PY) -m pytest -m full tests/test_cuda.py $(TEST)
 
+test-lowest: ## Lint and the quick tests with the lowest versions that the requirements allow, in $(VENV)-lowest
+	@sed -E 's/^([A-Za-z0-9-]+)>=([0-9.]+)(,<[0-9.]+)?/\1==\2.*/' $(REQUIREMENTS) > .lowest.txt
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest REQUIREMENTS=.lowest.txt
+
 lint: setup ## Check the sources with ruff
 	@$(PY) -m ruff check .
 
@@ -62,5 +66,5 @@ report: setup ## Rebuild results/tables/report.html: every table, plot and sourc
 	@$(PY) -m scripts.report
 
 clean: ## Remove the virtual environment and caches; results stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest .lowest.txt .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
