@@ -11,7 +11,6 @@ of VTAB-1k went through.
 """
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -29,6 +28,7 @@ from PIL import Image
 from data import Images, join
 from data.manifest import Manifest, replacing
 from data.pictures import decode
+from peft.record import sha256
 
 FORMATS = ("png", "jpeg75")
 UNIONS = {"train800val200": ("train800", "val200"), "train+val": ("train", "val")}
@@ -177,14 +177,6 @@ def _check_space(images: Images, done: int, folder: Path, form: str) -> None:
             f"{folder}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. Make "
             "room, or choose another data_root; nothing was written."
         )
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find(data_root: Path, suite: str, task: str, variant: str = "") -> Path:

@@ -151,7 +151,12 @@ def portable(config: Mapping) -> dict:
 
 @functools.lru_cache
 def _digest(path: Path, mtime_ns: int) -> str:
-    """sha256 of a file, read once per process and version of the file: a sweep asks often."""
+    """Of a file, read once per process and version of the file: a sweep asks often."""
+    return sha256(path)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, which need not fit into memory."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**24):
