@@ -340,33 +340,28 @@ def derived(cfg: DictConfig, machine: dict) -> float:
     peft.load_adapter_state(model, state)
     scored = trained.protocol.tune if metric == "top1_val" else trained.protocol.final
     loader = loader_of(trained, scored.score_on, device, train=False)
-    counts, started = peft.count(model), time.monotonic()
+    started = time.monotonic()
     top1 = evaluate(model, loader, autocast)
     seconds = time.monotonic() - started
     told = ",".join(f"{key}={value}" for key, value in change.items())
-    record = first | {
-        "key": records.key_of(config),
-        "phase": "derived",
-        "config": config,
-        "variant": ",".join(filter(None, (first["variant"], told))),
-        "selected_from": sorted({key for source in sources for key in source["selected_from"]}),
-        "metrics": {metric: top1},
-        "tuned_params": counts["tuned"],
-        "head_params": counts["head"],
-        "seconds": round(seconds, 3),
-        "images_per_second": round(len(loader.manifest.ids) / max(seconds, 1e-9), 2),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device)
+    hashes = first["provenance"]["data_sha256"]
+    hashes = {**hashes, loader.manifest.split: loader.manifest.digest}
+    record = records.assemble(
+        config,
+        key=records.key_of(config),
+        variant=",".join(filter(None, (first["variant"], told))),
+        selected_from=sorted({key for source in sources for key in source["selected_from"]}),
+        metrics={metric: top1},
+        counts=peft.count(model),
+        images=len(loader.manifest.ids),
+        seconds=seconds,
+        memory=torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
         else first["peak_memory_bytes"],
-        "device": device_name(device),
-        "provenance": first["provenance"]
-        | records.environment()
-        | {
-            "data_sha256": first["provenance"]["data_sha256"]
-            | {loader.manifest.split: loader.manifest.digest}
-        },
-        "derived_from": config["derived"]["of"],
-    }
+        device=device_name(device),
+        provenance={**first["provenance"], **records.environment(), "data_sha256": hashes},
+    )
+    record["derived_from"] = config["derived"]["of"]
     folder.mkdir(exist_ok=True)
     records.write(
         folder / "adapter.safetensors", save({k: t.contiguous() for k, t in state.items()})

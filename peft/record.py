@@ -96,7 +96,8 @@ def assemble(
     """The record of a run from its portable configuration and what came of it: `images` trained on
     in `seconds`, with at most `memory` bytes."""
     dataset, protocol = config["dataset"], config["protocol"]
-    splits = protocol["tune" if config["phase"] == "grid" else "final"]
+    scored_as = (config.get("derived") or config)["phase"]
+    splits = protocol["tune" if scored_as == "grid" else "final"]
     return {
         "key": key,
         "phase": config["phase"],
