@@ -66,7 +66,8 @@ class Run:
         """Where a grid was widened, and its choice stayed: lets the record of a final run that is
         done say so. Nothing else in it changes; a narrower grid leaves it as it is."""
         tried = self.config.get("selected_from") or []
-        if len(tried) > 1 and set((record := self.record)["selected_from"]) < set(tried):
+        record = self.record if len(tried) > 1 else None  # and none where it diverged
+        if record and set(record["selected_from"]) < set(tried):
             content = records.sealed(record | {"selected_from": tried})
             records.write(self.folder / "record.json", content)
 

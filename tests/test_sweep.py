@@ -85,6 +85,12 @@ def test_a_wider_grid_with_the_same_choice_is_told_by_the_finals(tmp_path):
         grid = {r["key"] for r in seen[1] if r["phase"] == "grid"}
         assert set(before["selected_from"]) < set(after["selected_from"]) == grid and len(grid) == 3
         assert before == after | {"selected_from": before["selected_from"]} and later == after
+    record = next(tmp_path.glob("runs/fake/fake/*-final-*/record.json"))
+    record.unlink()  # as if this one had diverged
+    failure = {"reason": "loss", "traceback": "FloatingPointError: loss"}
+    (record.parent / "failure.json").write_text(json.dumps(failure))
+    sweep.run(wide)
+    assert not record.exists()
 
 
 def test_plan_touches_nothing(tmp_path, capsys):
