@@ -137,11 +137,13 @@ def keep(sources: Sequence[Path]) -> list[dict]:
     taken: dict[Path, dict] = {}
     for record in found:
         target = RECORDS / records.folder_of(record["config"], "") / "record.json"
-        there, tried = records.read(target) if target.exists() else None, record["selected_from"]
+        tried, there = record["selected_from"], taken.get(target)
+        if there is None and target.exists():
+            there = records.read(target) | {"file": str(target)}
         if there and {**there, "selected_from": tried, "file": record["file"]} != record:
             raise ValueError(
-                f"{record['file']} and {target} are the same run with other results, and one "
-                "measurement is kept of each: delete the one that you do not trust."
+                f"{record['file']} and {there['file']} are the same run with other results, "
+                "and one measurement is kept of each: delete the one that you do not trust."
             )
         if there is None or set(there["selected_from"]) < set(tried):
             taken[target] = record

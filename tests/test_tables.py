@@ -141,7 +141,7 @@ def test_rates_at_an_end_of_those_tried_are_counted():
     for task, others in {"digits": [1e-4, 3e-4], "dtd": [1e-4, 1e-2], "pets": [1e-2, 1e-1]}.items():
         tried = []
         for lr in (*others, 1e-3):
-            made = record("lora", task, phase="grid", config__optim__lr=lr)
+            made = record("lora", task, phase="grid", config__phase="grid", config__optim__lr=lr)
             tried.append(made | {"metrics": {"top1_val": 50.0, "loss_last": 0.1}})
         found += [*tried, record("lora", task, selected_from=[r["key"] for r in tried])]
     said = "The chosen learning rate is the largest tried in 1 of 3 cells, the smallest in 1"
@@ -150,7 +150,9 @@ def test_rates_at_an_end_of_those_tried_are_counted():
 
 
 def test_grid_runs_are_not_shown():
-    grid = record("lora", metrics={"top1_val": 99.0, "loss_last": 0.1}, phase="grid")
+    grid = record(
+        "lora", metrics={"top1_val": 99.0, "loss_last": 0.1}, phase="grid", config__phase="grid"
+    )
     assert "99.0" not in markdown([*suite(), grid])
     with pytest.raises(ValueError, match="no final run"):
         tabulate.table([grid])
@@ -225,7 +227,7 @@ def test_what_is_derived_has_a_row_of_its_own_and_is_no_peek():
     )
     text = markdown([of, made])
     assert "| rlrr† |" in text and "| rlrr (experts=single_1) |" in text
-    tuned = of | {"phase": "grid", "metrics": {"top1_val": 99.0}}
+    tuned = record(phase="grid", config__phase="grid", metrics={"top1_val": 99.0})
     config = records.derived([tuned], {"experts": "single_1"})
     never = made | {"key": records.key_of(config), "config": config, "metrics": {"top1_val": 99.0}}
     assert "99.0" not in markdown([of, made, never])
@@ -372,6 +374,13 @@ def test_nothing_is_kept_that_cannot_stand_beside_the_others(folder, kept):
     changed = [name for name, content in files(kept).items() if content != before[name]]
     assert len(changed) == 1 and records.read(kept / changed[0])["selected_from"] == ["0" * 64]
     before = files(kept)
+    for name, top1 in (("one", 50.0), ("two", 51.0)):  # measured twice, and neither is kept yet
+        twice = record(seed=9)
+        twice["metrics"]["top1_last"] = top1
+        (folder.parent / "twice" / name).mkdir(parents=True)
+        records.write(folder.parent / "twice" / name / "record.json", twice)
+    with pytest.raises(ValueError, match=r"two/record\.json and .+one/record\.json are"):
+        tabulate.main(["--keep", str(folder.parent / "twice")])
     path.write_text(path.read_text().replace('"top1_last": 47', '"top1_last": 48'))
     with pytest.raises(ValueError, match="the same run with other results"):
         tabulate.main(["--keep", str(path)])
