@@ -10,9 +10,8 @@ The last two are runs of their own that nothing was trained for: they leave reco
 derived) and adapter.safetensors beside the first run they come from, and are found again.
 """
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -257,7 +256,7 @@ def run(cfg: DictConfig) -> float:
     if told := other_weights(model, record):
         print(f"beware: {told}")
     peft.load_adapter_state(model, adapter_of(cfg.run))
-    grid = records.scored_as(record) == "grid"
+    grid = records.scored_as(record["config"]) == "grid"
     scored = trained.protocol.tune if grid else trained.protocol.final
     split = cfg.split or scored.score_on
     loader = loader_of(trained, split, device, train=False)
@@ -311,11 +310,12 @@ def derived(cfg: DictConfig, machine: dict) -> float:
     runs = [Path(run) for run in (cfg.combine or [cfg.run])]
     change: dict = {"experts": cfg.experts}
     if cfg.combine:
-        change = {"combine": cfg.form, "weights": shares(cfg.weights, len(runs))}
+        weights = derive.shares(configuration.plain(cfg.weights), len(runs))
+        change = {"combine": cfg.form, "weights": weights}
         machine = machine | {"weights": cfg.checkpoint}
     found = [restore(run, machine) for run in runs]
     (first, trained), sources = found[0], [record for record, _ in found]
-    alike(runs, sources)
+    derive.check_alike(runs, sources)
     states = [adapter_of(run) for run in runs]
     config = records.derived(sources, change)
     if not cfg.combine:
@@ -325,7 +325,7 @@ def derived(cfg: DictConfig, machine: dict) -> float:
         if cfg.form == "products":
             config["method"] = derive.widened(config["method"], len(runs))
     folder = runs[0].parent / records.folder_of(config, ".").name
-    metric = "top1_val" if records.scored_as(first) == "grid" else "top1_last"
+    metric = "top1_val" if records.scored_as(first["config"]) == "grid" else "top1_last"
     if (folder / "record.json").is_file():
         top1 = records.read(folder / "record.json")["metrics"][metric]
         print(f"already done: {top1:.2f} % in {folder}")
@@ -359,7 +359,7 @@ def derived(cfg: DictConfig, machine: dict) -> float:
         if device.type == "cuda"
         else first["peak_memory_bytes"],
         device=device_name(device),
-        provenance={**first["provenance"], **records.environment(), "data_sha256": hashes},
+        provenance={**first["provenance"], "data_sha256": hashes},
     )
     record["derived_from"] = config["derived"]["of"]
     folder.mkdir(exist_ok=True)
@@ -369,37 +369,6 @@ def derived(cfg: DictConfig, machine: dict) -> float:
     records.write(folder / "record.json", records.sealed(record))
     print(f"{told} of {', '.join(run.name for run in runs)}: {top1:.2f} %, in {folder}")
     return top1
-
-
-def shares(weights: object, runs: int) -> list[float]:
-    """The weights of a combination: as given, or equal. Raises ValueError for anything else."""
-    given = [1 / runs] * runs if weights is None else configuration.plain(weights)
-    numbers = isinstance(given, list) and all(
-        isinstance(w, int | float) and math.isfinite(w) for w in given
-    )
-    if not numbers or len(given) != runs:
-        raise ValueError(
-            f"weights={given} must be {runs} numbers, one a run, as weights=[0.5,0.5]; a "
-            "checkpoint file that the runs started from is checkpoint=FILE here"
-        )
-    return [float(w) for w in given]
-
-
-def alike(runs: Sequence[Path], sources: Sequence[Mapping]) -> None:
-    """Raises ValueError, with the difference, for runs that are not of one kind."""
-    parts = ("backbone", "method", "weights", "dataset", "image_size", "protocol", "preset")
-    for run, source in zip(runs[1:], sources[1:]):
-        ours = {f"config.{part}": sources[0]["config"].get(part) for part in parts}
-        theirs = {f"config.{part}": source["config"].get(part) for part in parts}
-        ours["phase"], theirs["phase"] = records.scored_as(sources[0]), records.scored_as(source)
-        for path, record in ((ours, sources[0]), (theirs, source)):
-            path["weights_sha256"] = record["provenance"]["weights_sha256"]
-        odd = [path for path in ours if ours[path] != theirs[path]]
-        if odd:
-            raise ValueError(
-                f"{run} and {runs[0]} do not combine: they differ in {', '.join(odd)}. Only runs "
-                "of one method on one task and backbone, from the same pre-trained weights, do"
-            )
 
 
 def timm_keys(cfg: DictConfig) -> list[str]:

@@ -4,11 +4,15 @@ An adapter state is what `core.adapter_state` returns: tensors by site path and 
 """
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from peft import record as records
 
 
 def combine(
@@ -84,3 +88,34 @@ def keep_experts(state: Mapping[str, Tensor], kept: str) -> dict[str, Tensor]:
     mask = {"increment": position <= i, "single": position == i, "sliced": position != i}[form]
     thinned = {name: state[name] * mask.to(state[name]).view(-1, 1, 1) for name in ups}
     return {**state, **thinned}
+
+
+def shares(weights: object, runs: int) -> list[float]:
+    """The weights of a combination: as given, or equal. Raises ValueError for anything else."""
+    given = [1 / runs] * runs if weights is None else weights
+    numbers = isinstance(given, list) and all(
+        isinstance(w, int | float) and math.isfinite(w) for w in given
+    )
+    if not numbers or len(given) != runs:
+        raise ValueError(
+            f"weights={given} must be {runs} numbers, one a run, as weights=[0.5,0.5]; a "
+            "checkpoint file that the runs started from is checkpoint=FILE here"
+        )
+    return [float(w) for w in given]
+
+
+def check_alike(runs: Sequence[Path], sources: Sequence[Mapping]) -> None:
+    """Raises ValueError, with the difference, for runs that are not of one kind."""
+    parts = ("backbone", "method", "weights", "dataset", "image_size", "protocol", "preset")
+    for run, source in zip(runs[1:], sources[1:]):
+        ours = {f"config.{part}": sources[0]["config"].get(part) for part in parts}
+        theirs = {f"config.{part}": source["config"].get(part) for part in parts}
+        for path, record in ((ours, sources[0]), (theirs, source)):
+            path["phase"] = records.scored_as(record["config"])
+            path["weights_sha256"] = record["provenance"]["weights_sha256"]
+        odd = [path for path in ours if ours[path] != theirs[path]]
+        if odd:
+            raise ValueError(
+                f"{run} and {runs[0]} do not combine: they differ in {', '.join(odd)}. Only runs "
+                "of one method on one task and backbone, from the same pre-trained weights, do"
+            )

@@ -96,8 +96,7 @@ def assemble(
     """The record of a run from its portable configuration and what came of it: `images` trained on
     in `seconds`, with at most `memory` bytes."""
     dataset, protocol = config["dataset"], config["protocol"]
-    scored_as = (config.get("derived") or config)["phase"]
-    splits = protocol["tune" if scored_as == "grid" else "final"]
+    splits = protocol["tune" if scored_as(config) == "grid" else "final"]
     return {
         "key": key,
         "phase": config["phase"],
@@ -120,7 +119,7 @@ def assemble(
         "images_per_second": round(images / max(seconds, 1e-9), 2),
         "peak_memory_bytes": memory,
         "device": device,
-        "provenance": environment() | provenance,
+        "provenance": {**provenance, **environment()},
     }
 
 
@@ -216,13 +215,13 @@ def _without(node: Mapping, path: list[str], default: object) -> Mapping:
 def derived(sources: list[Mapping], change: Mapping) -> dict:
     """The configuration of what follows from finished runs without training: that of the first of
     their records, and under `derived` the `change`, whose runs (`of`) and which phase they were."""
-    of = {"of": [source["key"] for source in sources], "phase": scored_as(sources[0])}
+    of = {"of": [source["key"] for source in sources], "phase": scored_as(sources[0]["config"])}
     return copy.deepcopy(sources[0]["config"]) | {"phase": "derived", "derived": {**change, **of}}
 
 
-def scored_as(record: Mapping) -> str:
-    """grid or final: on which split a record was scored. What is derived is scored as its runs."""
-    return (record["config"].get("derived") or record)["phase"]
+def scored_as(config: Mapping) -> str:
+    """grid or final: on which split a run is scored. What is derived is scored as its runs."""
+    return (config.get("derived") or config)["phase"]
 
 
 def key_of(config: Mapping) -> str:

@@ -100,7 +100,7 @@ def _number(value: object) -> bool:
 
 def tested(record: dict) -> bool:
     """Whether a run saw the test split: final runs, and what is derived from them."""
-    return records.scored_as(record) == "final"
+    return records.scored_as(record["config"]) == "final"
 
 
 def peeks(record: dict) -> bool:
