@@ -62,7 +62,7 @@ class Run:
     def record(self) -> dict | None:
         return records.read(self.folder / "record.json") if self.entry else None
 
-    def chosen_from(self) -> None:
+    def tell_wider_grid(self) -> None:
         """Where a grid was widened, and its choice stayed: lets the record of a final run that is
         done say so. Nothing else in it changes; a narrower grid leaves it as it is."""
         tried = self.config.get("selected_from") or []

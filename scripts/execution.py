@@ -50,7 +50,7 @@ class Execution:
         todo = []
         for run in new:
             if run.settled:
-                run.chosen_from()
+                run.tell_wider_grid()
                 continue
             if run.failure and not self.retry:
                 reason = run.failure["reason"]
