@@ -195,7 +195,7 @@ def test_random_resized_crops_are_pillows_within_a_level(kernel):
         expected = np.asarray(Image.fromarray(picture).crop(box).resize((28, 28), resample))
         x = view.vary(view.fixed(picture, 28), u, 28).numpy().transpose(1, 2, 0)
         off.append(np.abs(x.astype(int) - expected))
-    assert np.max(off) <= 2 and np.mean(np.array(off) > 1) < 1e-4  # 1 with Pillow 13
+    assert np.max(off) <= 2 and np.mean(np.array(off) > 1) < 1e-4  # before Pillow 13 one is
 
 
 def test_erasing_replaces_a_box_by_noise():
