@@ -15,7 +15,7 @@ W (out, in) in torch's layout it folds into the layer (eq. 8):
 One set {S_i} of n^3 numbers serves all layers and sites: only that makes the counts of Table 6b
 (0.18 M with 32 experts). The paper states no initialisation. Here U_i = 0, so the network starts
 unchanged, D_i is Xavier-uniform, and S_i is "glorot" (uniform), "orthogonal" or "normal",
-N(0, 0.01^2), the start of Compacter's S. Dropout acts on the sum, before the residual (B.2).
+N(0, 0.01^2), the default of Compacter's code. Dropout acts on the sum, before the residual (B.2).
 """
 
 from collections.abc import Mapping

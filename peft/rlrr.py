@@ -8,7 +8,7 @@ layers; in a fused qkv layer `parts=3` gives each its own input vector (the rele
 one, `parts=1`). The norms and the patch embedding get SSF's scale and shift.
 
     rank r (section F)      W' = W + (row col) * W,  row (out, r), col (r, in)
-    without W (Table 11)    W' = W + row col
+    without W (Table 11)    W' = W + row col, to be started with init="zero", as LoRA is
     a convolution (Fig. 3)  its kernels side by side are a matrix of (out kh) x (in kw);
                             it is shifted only where it has a bias
     Table 6                 `sides` left or right drops the other vector, `residual=False` the W

@@ -13,7 +13,7 @@ from peft import record as records
 from peft import rows as tables
 from peft.cells import Cell, cells_of, product
 from peft.config import compose, plain
-from scripts import experiments
+from scripts import effort, experiments
 from scripts.published import PAPERS, PUBLISHED
 
 NAMES = experiments.names()
@@ -64,6 +64,34 @@ def test_an_experiment_says_its_table_command_numbers_and_cost(name):
     assert re.search(r"Cost: [\d,]+ (runs|evaluations)", head)
     assert experiments.sweep(name)["name"] == name
     assert len({row.label for row in experiments.rows(name)}) == len(experiments.rows(name))
+
+
+SOME = {"rlrr/s11", "alore/table22", "superlora/a7", "lava/fig11"}  # a second each, or two
+COSTS = [n if n in SOME else pytest.param(n, marks=pytest.mark.full) for n in NAMES]
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_cost_of_the_comments_is_what_is_counted(name):
+    said, counted = effort.comment(name)
+    assert said == counted, f"python -m scripts.effort {name} --write"
+
+
+def test_what_a_cell_costs():
+    """By hand: FLOPs of a plain ViT-B are 35.1 GFLOP an image at 224 pixels."""
+    image = effort.forward("vit_b16_in21k", 224, 47)
+    assert image == pytest.approx(35.1e9, rel=1e-3)
+    table = dict(experiments.sweep("rlrr/table2"), seeds=[1, 2])
+    full, linear, rlrr = (
+        effort.effort(cells_of(table, [], rows=[row], datasets=["dtd"])) for row in (1, 2, 11)
+    )
+    assert (rlrr.runs, rlrr.evaluations) == (2, 0)
+    assert rlrr.operations == image * 2 * (2 * 100 * 1000 + 100 * 1880)  # tests every epoch
+    assert linear.operations == image * (40 * (800 + 200) + 2 * (1000 + 1880))  # from features
+    points = full.runs - 2
+    assert full.operations == image * (points * (3 * 100 * 800 + 200) + 2 * (300 * 1000 + 1880))
+    steps = cells_of(experiments.sweep("superlora/a7"), [], rows=[1])[0]
+    passes, epochs = effort.trained(steps.cfg, 50000)
+    assert (passes, epochs) == (2 * 3000 * 50000 / 782, 3000 / 782)
 
 
 def test_the_printed_numbers_of_the_comments_are_those_of_the_tables():
