@@ -13,6 +13,7 @@ its last checkpoint, to the same bits on the CPU.
 import gc
 import math
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -157,15 +158,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     weights_sha256, counts = peft.state.digest(model), peft.count(model)
     peft.state.check_reached(model, cfg.image_size, cfg.method.get("no_gradient") or ())
     peeks = cfg.phase == "final" and cfg.protocol.selection == "best_on_test"
-    kinds = {}
-    for one in runs:
-        kind = one.cfg.seed, str(one.config["method"])
-        if kind not in kinds:
-            other = model_of(one.cfg, device) if kinds else model
-            state = {name: t.clone() for name, t in peft.adapter_state(other).items()}
-            kinds[kind] = state, numbers_of(other)
-    starts, numbers = zip(*(kinds[o.cfg.seed, str(o.config["method"])] for o in runs), strict=True)
-
+    starts, numbers = zip(*starts_of(runs, model), strict=True)
     if cfg.grad_checkpointing:
         checkpointed(model)
     optim = cfg.optim
@@ -229,6 +222,19 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
             )
         )
     return results
+
+
+def starts_of(runs: list[Run], model: nn.Module) -> Iterator[tuple[dict, dict]]:
+    """Where each run starts: the tensors that train and the plain numbers of its tuners. model: the
+    first run's own."""
+    kinds = {}
+    for one in runs:
+        kind = one.cfg.seed, str(one.config["method"])
+        if kind not in kinds:  # the others need no memory of the device
+            other = model_of(one.cfg, torch.device("cpu")) if kinds else model
+            state = {name: t.clone() for name, t in peft.adapter_state(other).items()}
+            kinds[kind] = state, numbers_of(other)
+        yield kinds[kind]
 
 
 def fit(

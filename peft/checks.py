@@ -164,6 +164,13 @@ def check(config: Mapping) -> None:
             )
         if optim["schedule"] != "step" and optim["restart_epochs"]:
             raise ValueError("optim.restart_epochs goes with optim.schedule=step only")
+        graphs = config.get("compile") in ("reduce-overhead", "max-autotune")
+        if graphs and optim["accumulate"] > 1:
+            raise ValueError(
+                f"compile={config['compile']} has gradients in the memory of its CUDA graphs, "
+                f"where the next part of a batch overwrites them: with optim.accumulate="
+                f"{optim['accumulate']} take compile=true"
+            )
 
 
 def check_words(words: Iterable[str], varied: Container[str], table: bool) -> None:

@@ -1,6 +1,7 @@
 """What fits: how many runs train at once, what a run took, and how it can do with less."""
 
 import math
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from torch import nn
 from peft.core import tuners
 from peft.pack import Pack
 from peft.state import adapter_state
+
+TOO_LARGE = re.compile(
+    r"can't allocate memory|out of memory|_ALLOC(ATION)?_FAILED|when the batch size exceeds"
+)
 
 
 def fastest_pack(model: nn.Module, image: torch.Size, autocast: torch.autocast, most: int) -> int:
@@ -40,22 +45,26 @@ def fastest_pack(model: nn.Module, image: torch.Size, autocast: torch.autocast, 
 
 
 def largest(seconds: Callable[[int], float], most: int) -> int:
-    """The size of a pack: doubled as long as a member's step, `seconds(size)`, gets at least 5 %
-    faster and works within the memory; then evened out over packs for `most` members."""
-    size, best = 0, math.inf
-    while size < most:
-        larger = min(max(1, 2 * size), most)
+    """The size of a pack: the one with the fastest step of a member, `seconds(size)`, doubled until
+    two in a row are not 5 % faster or the memory ends, and evened out over packs for `most`
+    members. Two, since the first pair pays for vmap, and where launches limit, only four earn it.
+    """
+    chosen, best, slower, size = 1, math.inf, 0, 1  # where not even one fits, training says so
+    while slower < 2:
         try:
-            now = seconds(larger)
+            now = seconds(size)
         except Exception as error:
             if not out_of_memory(error):  # what does not stack, trains alone
-                print(f"a pack of {larger} does not work ({str(error).partition(chr(10))[0]})")
+                print(f"a pack of {size} does not work ({str(error).partition(chr(10))[0]})")
             break
-        if now > 0.95 * best:
+        if now <= 0.95 * best:
+            chosen, best, slower = size, now, 0
+        else:
+            slower += 1
+        if size == most:
             break
-        size, best = larger, now
-    size = max(1, size)  # where not even one fits, training says so
-    return -(-most // -(-most // size))
+        size = min(2 * size, most)
+    return -(-most // -(-most // chosen))
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
@@ -83,8 +92,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether the memory did not suffice; on a CPU torch says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether the memory did not suffice, or a kernel takes no batch as large: other than torch's
+    own allocator on a GPU, libraries and the CPU say so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(TOO_LARGE.search(str(error)))
 
 
 def with_advice(error: Exception) -> Exception:

@@ -22,7 +22,6 @@ from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from peft.core import penalty, tuners
 from peft.record import MACHINE
@@ -42,7 +41,7 @@ STACKED = {
 
 
 NUMBERS = {"scale", "alpha", "strength"}
-TAKEN_APART = {F.linear, F.conv1d, F.conv2d}
+TAKEN_APART = {F.linear, F.conv1d, F.conv2d, torch.einsum}
 
 
 class Unstackable(ValueError):
@@ -143,6 +142,7 @@ class Pack:
             {(model.get_submodule(path), name): own[path, name] for path, name in places}
             for own in numbers
         ]
+        self.given: list[Tensor] | None = None  # the same of those that still train, by place
         if self.solo:
             load_adapter_state(model, starts[0])
             self.leaves, self.forward = [[list(group.values()) for group in groups]], self.scored
@@ -172,13 +172,10 @@ class Pack:
         if self.solo:
             logits, extra = self.forward(images)
             return logits[None], extra[None]
-        numbers = [
-            torch.tensor([self.numbers[k][place] for k in self.members]).to(
-                images.device, non_blocking=True
-            )
-            for place in self.numbers[0]
-        ]
-        return self.forward([self.leaves[k] for k in self.members], numbers, images)
+        if self.given is None:
+            values = [[self.numbers[k][place] for k in self.members] for place in self.numbers[0]]
+            self.given = [torch.tensor(v).to(images.device, non_blocking=True) for v in values]
+        return self.forward([self.leaves[k] for k in self.members], self.given, images)
 
     def _all(
         self, leaves: Nested, numbers: Sequence[Tensor], images: Tensor
@@ -220,7 +217,9 @@ class Pack:
         torch.compiler.reset()  # it gives up after some networks in one process
         mode, failure = None if mode is True else mode, None
         # a pack that is not one graph would run as it is, and nobody would be told
-        self.forward = torch.compile(plain, fullgraph=not self.solo, mode=mode)
+        # nor would a graph for any size of batch do, which torch makes at the smaller last one: in
+        # vmap some of its operators want numbers
+        self.forward = torch.compile(plain, fullgraph=not self.solo, dynamic=False, mode=mode)
         with torch.random.fork_rng(devices):
             try:
                 with autocast:
@@ -294,6 +293,7 @@ class Pack:
         """Leaves a member out from here on."""
         torch.compiler.reset()  # a smaller pack is another graph, and it gives up after some
         self.members.remove(k)
+        self.given = None
         kept = [group for group in optimizer.param_groups if group["member"] != k]
         for group in optimizer.param_groups:
             if group["member"] == k:
@@ -314,13 +314,18 @@ class Folded(TorchFunctionMode):
     """What vmap alone would do slowly or not at all. Some functions have no batching rule, and vmap
     would run them member by member: here the members become part of their batch. Others it takes
     apart before autocast sees them, so that a bias in fp32 makes the whole result fp32, or does not
-    fit its convolution: their arguments are cast here, as autocast does outside of vmap."""
+    fit its convolution: their arguments are cast here, as autocast does outside of vmap. A batch
+    norm with weights of the members' own forgets the precision of its input likewise."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = kwargs or {}
-        if func in TAKEN_APART and torch.is_autocast_enabled(kind := args[0].device.type):
+        kind = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+        if func in TAKEN_APART and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-            args, given = tree_map_only(Tensor, lambda t: t.to(dtype), (args, given))
+            args = tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in args)
+            given = {k: a.to(dtype) if isinstance(a, Tensor) else a for k, a in given.items()}
+        if func is F.batch_norm:
+            return func(*args, **given).to(args[0].dtype)
         if func is Tensor.unflatten:  # torch 2.11 cannot compile the method
             return torch.unflatten(*args, **given)
         if func is F.adaptive_avg_pool2d and len(args) == 2 and args[0].dim() == 4:

@@ -113,6 +113,7 @@ def test_a_pack_that_does_not_fit_is_trained_in_halves(tmp_path, monkeypatch, ca
     assert all(isinstance(outcome, float) for outcome in outcomes)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
 def test_a_step_waits_for_nothing(images):
     """CUDA's own check, beside the pretended device's."""
     for method in ("rlrr", "lava", "superlora_projected", "vpt_deep"):
@@ -120,8 +121,8 @@ def test_a_step_waits_for_nothing(images):
         start = {name: t.clone() for name, t in peft.adapter_state(model).items()}
         pack = Pack(model, model, [start] * 2, train.spared("one_dim"))
         x = images.to(DEVICE)
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             logits, penalties = pack(x)
             (logits.sum() + penalties.sum()).backward()
         finally:

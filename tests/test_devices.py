@@ -92,19 +92,28 @@ CELLS = [(b, m) for b in TINY for m in catalogue("method") if applies(b, m)]
     ],
 )
 def test_a_pack_in_half_precision_keeps_it(backbone, method, half):
-    """As its solo run does, on tensors that refuse another device and another type."""
-    found = []
+    """In every module as its solo run does, on tensors that refuse another device and another
+    type."""
+    found, inside, now = [], [], {}
     model = tiny(backbone, method)
     with FakeTensorMode(allow_non_fake_inputs=True):
         stackable(hollow(model))
         images, start = torch.empty(2, 3, 64, 64, device="cuda"), adapter_state(model)
+        for name, module in model.named_modules():
+
+            def note(_, __, out, name=name) -> None:
+                now[name] = getattr(out, "dtype", None)
+
+            module.register_forward_hook(note)
         for members in (1, 3):
             pack = Pack(model, model, [start] * members, lambda name, p: p.dim() < 2)
             with half:
                 logits, penalties = pack(images)
             assert logits.shape == (members, 2, CLASSES) and penalties.shape == (members,)
             found.append((logits.dtype, penalties.dtype))
+            inside.append(dict(now))
     assert set(found) == {(torch.bfloat16, torch.float32)}
+    assert len(inside[0]) > 2 and inside[0] == inside[1]
 
 
 def test_fake_tensors_refuse_another_device():

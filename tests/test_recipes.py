@@ -203,6 +203,7 @@ def test_the_pieces_of_a_batch_weigh_as_much_as_it_does(monkeypatch, count, part
         ("optim.ema=1", "optim.ema=1 should be null or a number between 0 and 1"),
         ("optim.accumulate=0", "optim.accumulate=0 should be"),
         ("optim.restart_epochs=0", "optim.restart_epochs=0 should be"),
+        ("compile=reduce-overhead optim.accumulate=2", "overwrites them: with optim.accumulate=2"),
         ("optim.layer_dropout=1", "optim.layer_dropout=1 should be a number from 0 to below 1"),
         ("optim.drop_path=-0.1", "optim.drop_path=-0.1 should be a number from 0 to below 1"),
         ("optim.no_decay=bias", "optim.no_decay=bias should be one of one_dim, names, none"),
@@ -217,7 +218,7 @@ def test_the_pieces_of_a_batch_weigh_as_much_as_it_does(monkeypatch, count, part
 )
 def test_values_that_mean_nothing_are_refused(tmp_path, choice, message):
     with pytest.raises(ValueError, match=message):
-        train.run(config(tmp_path, choice))
+        train.run(config(tmp_path, *choice.split()))
 
 
 def test_a_batch_larger_than_the_set(tmp_path):
@@ -230,9 +231,9 @@ def test_a_batch_larger_than_the_set(tmp_path):
 def test_compilation_that_works_changes_nothing(tmp_path, monkeypatch):
     compiled, real = [], torch.compile
 
-    def graphs(function, fullgraph, mode):  # without code generation, which takes a minute
+    def graphs(function, mode, **said):  # without code generation, which takes a minute
         compiled.append(mode)
-        return real(function, fullgraph=fullgraph, backend="eager")
+        return real(function, backend="eager", **said)
 
     monkeypatch.setattr(torch, "compile", graphs)
     for name, mode in (("plain", "false"), ("true", "true"), ("mode", "reduce-overhead")):
@@ -245,7 +246,7 @@ def test_compilation_that_works_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_compilation_that_fails_says_so_and_trains(tmp_path, monkeypatch, capsys):
-    def broken(function, fullgraph, mode):
+    def broken(function, **said):
         def call(*inputs):
             function(*inputs)
             raise RuntimeError("no C++ compiler\nlong story")

@@ -159,13 +159,18 @@ def mixed(device: str) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu")
 
 
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
 def timed(work: Callable[[], object], device: str) -> float:
     """Seconds of one call, to the end of what it started on the device."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
+    wait(device)
     start = time.perf_counter()
     work()
-    wait()
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -199,6 +204,9 @@ def matmul_rate(device: str) -> float:
     side = 8192 if device.startswith("cuda") else 2048
     kind = torch.bfloat16 if device.startswith("cuda") else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.5:  # a device at rest has slow clocks
+        timed(lambda: a @ b, device)
     times = interleaved({"product": lambda: a @ b}, device, 10)
     return 2 * side**3 / median(times["product"])
 

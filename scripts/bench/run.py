@@ -86,6 +86,7 @@ class Clock(dict):
             batch = next(iterator, done)
             if batch is not done:
                 batch = [tensor.to(device) for tensor in batch]
+            measure.wait(device)
             self[part] = self.get(part, 0.0) + time.perf_counter() - start
             if batch is done:
                 return

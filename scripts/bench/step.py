@@ -141,9 +141,11 @@ def where(step: Callable[[], None], device: str) -> dict[str, dict[str, float]]:
     }
 
 
-def group(methods: list[str], shape: Shape, rate: float) -> list[dict]:
+def group(
+    methods: list[str], shape: Shape, rate: float, references: tuple[dict, nn.Module]
+) -> list[dict]:
     """Rows of some methods, measured together. rate: the device's own, for matrix products."""
-    works, full = references(shape)
+    works, full = dict(references[0]), references[1]
     reference_flops = memory(full, works["full"], shape)["gflop"]
     rows = {}
     for method in methods:
@@ -185,10 +187,10 @@ def group(methods: list[str], shape: Shape, rate: float) -> list[dict]:
 def step(given: Mapping[str, str]) -> dict:
     shape = measure.shape_of(given, batch=4, rounds=3)
     methods, no = measure.chosen(given, shape.backbone)
-    rows, rate = [], measure.matmul_rate(shape.device)
+    rows, rate, beside = [], measure.matmul_rate(shape.device), references(shape)
     with measure.progress(len(methods), "step (methods)") as bar:
         for i in range(0, len(methods), GROUP):
-            rows += group(methods[i : i + GROUP], shape, rate)
+            rows += group(methods[i : i + GROUP], shape, rate, beside)
             bar.update(len(methods[i : i + GROUP]))
     return {
         "measured": "a forward and a backward pass, without optimiser",
