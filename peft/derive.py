@@ -71,8 +71,13 @@ def keep_experts(state: Mapping[str, Tensor], kept: str) -> dict[str, Tensor]:
     in its experts, so one whose up-projection is zero is gone. Raises ValueError for a state
     without experts or an i beyond them.
     """
+    rules = [state[name].shape for name in state if name.endswith(".scale")]  # n x n x n, shared
     ups = [
-        name for name in state if name.endswith(".up") and name.removesuffix("up") + "down" in state
+        name
+        for name in state
+        if name.endswith(".up")
+        and (*state[name].shape[:1],) * 3 in rules
+        and name.removesuffix("up") + "down" in state
     ]
     form, _, number = kept.partition("_")
     counts = {len(state[name]) for name in ups}

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 from peft.core import penalty, tuners
-from peft.record import MACHINE
+from peft.record import MACHINE, flat
 from peft.state import adapter_state, load_adapter_state
 
 Nested = Sequence[Sequence[Sequence[Tensor]]]  # by member, parameter group, leaf
@@ -54,14 +54,14 @@ def why_not(configs: Sequence[Mapping]) -> str | None:
     configs: resolved configurations of runs, with or without the keys of the machine.
     """
     kept = [{k: v for k, v in config.items() if k not in MACHINE} for config in configs]
-    flat = [dict(_leaves(config)) for config in kept]
-    if len(flat) < 2:
+    leaves = [flat(config) for config in kept]
+    if len(leaves) < 2:
         return None
-    first, absent = flat[0], object()
+    first, absent = leaves[0], object()
     different = [
         key
-        for key in dict.fromkeys(key for other in flat for key in other)
-        if any(other.get(key, absent) != first.get(key, absent) for other in flat)
+        for key in dict.fromkeys(key for other in leaves for key in other)
+        if any(other.get(key, absent) != first.get(key, absent) for other in leaves)
     ]
     for key in different:
         number = key.startswith("method.") and key.rpartition(".")[2] in NUMBERS
@@ -72,15 +72,6 @@ def why_not(configs: Sequence[Mapping]) -> str | None:
     if first.get("precision") == "fp16":
         return "precision is fp16, whose loss scale would be one for all"
     return None
-
-
-def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:
-    items = node.items() if isinstance(node, Mapping) else enumerate(node)
-    for key, value in items:
-        if isinstance(value, (Mapping, list)) and value:
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 def numbers_of(model: nn.Module) -> dict[tuple[str, str], float]:

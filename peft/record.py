@@ -212,6 +212,18 @@ def _without(node: Mapping, path: list[str], default: object) -> Mapping:
     return {**node, head: _without(node[head], rest, default)} if head in node else node
 
 
+def flat(value: object, path: str = "") -> dict[str, object]:
+    """Leaves of nested mappings by their dotted paths; plain lists are leaves."""
+    if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {path: value}
+    found: dict[str, object] = {}
+    for key, part in value.items():
+        found |= flat(part, f"{path}.{key}" if path else str(key))
+    return found
+
+
 def derived(sources: list[Mapping], change: Mapping) -> dict:
     """The configuration of what follows from finished runs without training: that of the first of
     their records, and under `derived` the `change`, whose runs (`of`) and which phase they were."""
@@ -331,7 +343,9 @@ def environment() -> dict:
         )
         return found.stdout.strip() if found.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    # files that git does not know count where they can be part of a run
+    parts = ("configs", "data", "peft", "eval.py", "sweep.py", "train.py")
+    status = git("status", "--porcelain", "--", *parts)
     packages = ("torch", "torchvision", "timm", "hydra-core", "numpy", "pillow")
     return {
         "git_commit": git("rev-parse", "HEAD"),

@@ -53,18 +53,6 @@ TWICE = {
 ABSENT = "(absent)"
 
 
-def flat(value: object, path: str = "") -> dict[str, object]:
-    """Leaves of nested mappings by their dotted paths; plain lists are leaves."""
-    if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return {path: value}
-    found: dict[str, object] = {}
-    for key, part in value.items():
-        found |= flat(part, f"{path}.{key}" if path else str(key))
-    return found
-
-
 def place_of(path: str) -> tuple[int, int, str]:
     """Where a path stands: the longest of the paths in ORDER that leads to it decides."""
     best = (0, len(ORDER), 0)
@@ -92,8 +80,8 @@ def _flat_record(record: Mapping) -> dict[str, object]:
     """A record's leaves; a key that was added to the configuration later has its default."""
     added = {f"config.{path}": value for path, value in records.ADDED_LATER.items()}
     tried = record["selected_from"]
-    return {**added, **flat(record), "selected_from": f"best of {len(tried)} grid runs" if tried
-            else "nothing was tuned"}  # fmt: skip
+    chosen = f"best of {len(tried)} grid runs" if tried else "nothing was tuned"
+    return {**added, **records.flat(record), "selected_from": chosen}
 
 
 def gap(one: Mapping, other: Mapping) -> list[str]:

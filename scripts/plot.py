@@ -1,7 +1,7 @@
 """Plots of our own runs, from their records alone, and of the papers' numbers beside them.
 
     python -m scripts.plot KIND [RUNS_DIR] [--out FILE.png|FILE.svg] [--published PAPER/TABLE]
-                                [--protocol NAME] [--over KEY]
+                                [--protocol NAME] [--where KEY=VALUE] [--over KEY]
 
 KIND   params      accuracy against tuned parameters, with the Pareto front
        memory      accuracy against the peak memory of training
@@ -41,7 +41,7 @@ from scripts.runs import (
     title_of,
 )
 from scripts.tables import DASH, text_of
-from scripts.tabulate import RECORDS, TABLES, under
+from scripts.tabulate import RECORDS, TABLES, WHERE, under
 
 
 def accuracy_plot(found: Iterable[dict], path: str | Path) -> None:
@@ -190,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument("--published", metavar="PAPER/TABLE", help="draw these numbers as well")
     parser.add_argument("--protocol", help="only the runs under this protocol")
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=WHERE)
     parser.add_argument("--over", metavar="KEY", help="the hyper-parameter of an ablation")
     options = parser.parse_args(arguments)
     table = printed(options.published) if options.published else None
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.kind == "published" and not table:
         raise ValueError("Which table? For example: published --published rlrr/table2.")
     nothing = table and not any(options.folder.rglob("record.json"))
-    found = [] if nothing else under(collect(options.folder), options.protocol)
+    found = [] if nothing else under(collect(options.folder), options.protocol, options.where)
     if options.over and options.kind != "ablation":
         raise ValueError(f"--over goes with ablation, not with {options.kind}.")
     if options.over:

@@ -6,7 +6,7 @@ Records that disagree about what they measured are refused, never averaged.
 import csv
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,10 +18,10 @@ PUBLISHED = RESULTS / "published"
 SUITES = ("mini", "vtab", "fgvc", "cifar")
 GROUPS = ("natural", "specialized", "structured")
 
-# What the runs of one cell must have in common, as paths into a record. The learning rate and the
-# weight decay may differ: they are tuned.
+# What the runs of one cell must have in common, as paths into a record, beside all of their
+# configuration but the seed.
 COMMON = [
-    *("protocol", "selection", "trained_on", "config.optim.epochs", "config.image_size"),
+    *("protocol", "selection", "trained_on"),
     *("tuned_params", "head_params", "provenance.weights_sha256", "provenance.data_sha256"),
     *("provenance.pixels", "provenance.kernel", "provenance.mean", "provenance.std"),
     "provenance.weights",
@@ -152,15 +152,12 @@ def cell_of(runs: Sequence[dict]) -> Cell:
     first, seeds = runs[0], {}
     where = f"{first['method']} on {first['task']}"
     for record in runs:
-        for path in COMMON:
-            one, other = at(first, path), at(record, path)
-            drawn = path.endswith("weights_sha256") and first["provenance"]["weights"] == "random"
-            if one != other and not drawn:  # random weights follow the seed, as they should
-                raise ValueError(
-                    f"The runs of {where} differ in {path}: {one} in {named(first)}, {other} in "
-                    f"{named(record)}. Such numbers are not averaged: choose with --protocol NAME, "
-                    "or name a folder that holds only one kind."
-                )
+        for path, one, other, choose in differences(first, record):
+            raise ValueError(
+                f"The runs of {where} differ in {path}: {one} in {named(first)}, {other} in "
+                f"{named(record)}. Such numbers are not averaged: {choose}name a folder that holds "
+                "only one kind."
+            )
         twin = seeds.setdefault(record["seed"], record)
         if twin is not record:
             raise ValueError(
@@ -171,6 +168,24 @@ def cell_of(runs: Sequence[dict]) -> Cell:
     return Cell(
         {record["seed"]: record["metrics"][metric_of(first)] for record in ordered}, tuple(ordered)
     )
+
+
+def differences(first: dict, record: dict) -> Iterator[tuple[str, object, object, str]]:
+    """In what two runs of one cell are unlike and must not be, (path, one, other, which option
+    would choose): who may see the test set, any of their settings but the seed, what was found."""
+    drawn = first["provenance"]["weights"] == "random"  # follow the seed, as they should
+    for path in COMMON[:3]:
+        if (one := at(first, path)) != (other := at(record, path)):
+            yield path, one, other, f"choose with --protocol {first['protocol']}, or "
+    said, own = (records.flat(records.identity(r["config"])) for r in (first, record))
+    for path in dict.fromkeys([*said, *own]):
+        one, other = said.get(path), own.get(path)
+        if one != other and path not in ("seed", "derived.of"):
+            yield path, one, other, f"choose with --where {path}={one}, or "
+    for path in COMMON[3:]:
+        one, other = at(first, path), at(record, path)
+        if one != other and not (drawn and path.endswith("weights_sha256")):
+            yield path, one, other, ""
 
 
 def at(record: dict, path: str) -> object:

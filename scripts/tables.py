@@ -187,7 +187,9 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
             "method": Entry(method + f" ({variant})" * bool(variant)),
             "backbone": Entry(backbone),
             **of_params(list(cells.values())),
-            "epochs": Entry(runs.span(_epochs(cell.record) for cell in cells.values())),
+            "epochs": Entry(
+                _lengths(cell.record for cell in cells.values()).removesuffix(" epochs")
+            ),
             "seeds": Entry(runs.span(len(cell.top1) for cell in cells.values())),
         }
         for column in tasks:
@@ -206,8 +208,13 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
     return table
 
 
-def _epochs(record: dict) -> int:
-    return record["config"]["optim"]["epochs"]
+def _lengths(found: Iterable[dict]) -> str:
+    """How long runs trained, in epochs, and in steps where that was asked."""
+    asked = [record["config"]["optim"] for record in found]
+    epochs = [optim["epochs"] for optim in asked if not optim.get("steps")]
+    steps = [optim["steps"] for optim in asked if optim.get("steps")]
+    parts = (f"{runs.span(n)} {unit}" for n, unit in ((epochs, "epochs"), (steps, "steps")) if n)
+    return ", ".join(parts)
 
 
 def _mean_columns(columns: Sequence[tuple]) -> dict[str, list[list[tuple]]]:
@@ -245,10 +252,10 @@ def notes(cells: Sequence[Cell], records: Iterable[dict] = ()) -> list[str]:
         of = [cell for cell in cells if cell.record["protocol"] == name]
         seeds = sorted({seed for cell in of for seed in cell.top1})
         sizes = runs.span(cell.record["config"]["image_size"] for cell in of)
-        epochs = runs.span(_epochs(cell.record) for cell in of)
+        lengths = _lengths(cell.record for cell in of)
         found.append(
             f"Protocol {name}: trained on {runs.listed({c.record['trained_on'] for c in of})} at "
-            f"{sizes} pixels, {epochs} epochs, seeds {', '.join(map(str, seeds))}, "
+            f"{sizes} pixels, {lengths}, seeds {', '.join(map(str, seeds))}, "
             + ("best epoch on the test set." if runs.peeks(of[0].record) else "last epoch.")
         )
         untuned = {c.record["method"] for c in of if not c.record["selected_from"]}

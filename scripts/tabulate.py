@@ -13,7 +13,10 @@ refused, never averaged.
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from peft import record as records
 from scripts import papers, points, published
@@ -53,14 +56,29 @@ def kept() -> list[dict]:
     return collect(RECORDS) if any(RECORDS.rglob("record.json")) else []
 
 
-def under(found: Sequence[dict], protocol: str | None) -> list[dict]:
-    """The records under one protocol. Raises ValueError for one that no run has."""
+WHERE = "only the runs whose configuration says so, such as optim.lr=1e-3; may be repeated"
+
+
+def under(found: Sequence[dict], protocol: str | None, where: Sequence[str] = ()) -> list[dict]:
+    """The records under one protocol whose configurations have some values, `where` (key=value).
+    Raises ValueError for a protocol or a value that no run has."""
     there = {record["protocol"] for record in found}
     if protocol and protocol not in there:
         raise ValueError(
             f"No run has protocol {protocol!r}; there is {listed(there) or 'no run at all'}."
         )
-    return [record for record in found if protocol in (None, record["protocol"])]
+    found = [record for record in found if protocol in (None, record["protocol"])]
+    for word in where:
+        path, given, text = word.partition("=")
+        if not given:
+            raise ValueError(f"--where {word} has no value: give KEY=VALUE, such as optim.lr=1e-3")
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        own = [(record, records.flat(record["config"]).get(path)) for record in found]
+        found = [record for record, has in own if has == value]
+        if not found:
+            there = listed({str(has) for _, has in own})
+            raise ValueError(f"No run has {path}={value}; there is {there or 'no run at all'}.")
+    return found
 
 
 def find(name: str) -> list[str]:
@@ -160,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", nargs="?", help="a table of a paper, a folder of runs, or all")
     parser.add_argument("--keep", nargs="+", type=Path, metavar="RUN", help="keep these records")
     parser.add_argument("--protocol", help="only the runs under this protocol")
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=WHERE)
     parser.add_argument("--records", type=Path, help="records to show beside a paper's figures")
     parser.add_argument("--format", choices=FORMATS, default="md", help="what to print")
     parser.add_argument("--out", type=Path, help="also write the table; its name says the format")
@@ -170,17 +189,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{len(done)} records are in {RECORDS}; `make tables` shows them.")
     if options.what is None:
         return parser.error("name a table, a folder or all") if not options.keep else None
+    chosen = partial(under, protocol=options.protocol, where=options.where)
     if options.what == "all":
-        found = under(collect(options.records) if options.records else kept(), options.protocol)
+        found = chosen(collect(options.records) if options.records else kept())
         folder = options.out or TABLES
         paths = write(every(found), folder)
         print(f"{len(paths)} files in {folder}, from {len(found)} records")
         return None
     if Path(options.what).exists():
-        found = under(collect(options.what), options.protocol)
+        found = chosen(collect(options.what))
         made = {"": table(found, Path(options.what).name)}
     else:
-        found = under(collect(options.records) if options.records else kept(), options.protocol)
+        found = chosen(collect(options.records) if options.records else kept())
         made = {name: named_table(name, found) for name in find(options.what)}
     print("\n".join(FORMATS[options.format](one) for one in made.values()))
     if options.out:

@@ -195,10 +195,16 @@ def test_suites_are_not_averaged_together():
     ("changes", "reason"),
     [
         ({"protocol": "vtab_honest"}, "differ in protocol: mini .+ vtab_honest .+ --protocol"),
-        ({"config__optim__epochs": 100}, "differ in config.optim.epochs: 4 .+ 100"),
+        (
+            {"config__optim__epochs": 100},
+            "differ in optim.epochs: 4 .+ 100 .+ --where optim.epochs=4",
+        ),
+        ({"config__optim__lr": 1e-2}, "differ in optim.lr: 0.001 .+ --where optim.lr=0.001"),
+        ({"config__data_seed": 7}, "differ in data_seed"),
+        ({"config__method__alpha": 7}, "differ in method.alpha"),
         ({"provenance__weights_sha256": "c"}, "differ in provenance.weights_sha256"),
         ({"provenance__pixels": "jpeg75"}, "differ in provenance.pixels: native .+ jpeg75"),
-        ({"seed": 42, "config__optim__lr": 1e-2}, "Two runs of rlrr on digits have seed 42"),
+        ({"seed": 42, "config__optim__lr": 1e-2}, "differ in optim.lr: 0.001 .+ 0.01"),
     ],
 )
 def test_what_is_never_averaged(changes, reason):
