@@ -10,13 +10,14 @@ The last two are runs of their own that nothing was trained for: they leave reco
 derived) and adapter.safetensors beside the first run they come from, and are found again.
 """
 
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import data
@@ -26,6 +27,8 @@ from peft import config as configuration
 from peft import record as records
 from peft.labels import match_labels, votes
 from peft.watch import per_class, write_confusion
+
+TOLERANCE = 0.5  # points by which another machine's rounding may move a record's accuracy
 
 
 def device_of(name: str) -> torch.device:
@@ -236,7 +239,7 @@ def other_weights(model: nn.Module, record: dict) -> str:
 
 def run(cfg: DictConfig) -> float:
     """Reproduces a record's number on `split`, and merges or exports on request; or derives.
-    Returns the accuracy."""
+    Returns the accuracy. Raises ArithmeticError, last of all, where the number does not hold."""
     checks.check(cfg)
     if not (cfg.run or cfg.combine):
         raise ValueError(
@@ -250,6 +253,10 @@ def run(cfg: DictConfig) -> float:
     if cfg.experts or cfg.combine:
         return derived(cfg, machine)
     record, trained = restore(cfg.run, machine)
+    for path in filter(None, (cfg.export, cfg.confusion)):
+        prepare(Path(path))
+    if cfg.export and Path(cfg.export).suffix != ".safetensors":
+        raise ValueError(f"export={cfg.export} should end in .safetensors: that is what it becomes")
     device = device_of(cfg.device)
     autocast = autocast_of(trained.precision, device)
     model = model_of(trained, device)
@@ -258,7 +265,7 @@ def run(cfg: DictConfig) -> float:
     peft.load_adapter_state(model, adapter_of(cfg.run))
     grid = records.scored_as(record["config"]) == "grid"
     scored = trained.protocol.tune if grid else trained.protocol.final
-    split = cfg.split or scored.score_on
+    split, off = cfg.split or scored.score_on, 0.0
     loader = loader_of(trained, split, device, train=False)
     table = confusion(model, loader, autocast)
     top1 = accuracy(table)
@@ -270,8 +277,10 @@ def run(cfg: DictConfig) -> float:
         print(f"the confusion matrix (rows: labels, columns: answers) is in {written}")
     if split == scored.score_on:
         recorded = record["metrics"].get("top1_val" if grid else "top1_last")
-        verdict = "reproduced" if top1 == recorded else f"differs by {top1 - recorded:+.2f}"
-        print(f"the record says {recorded:.2f} %: {verdict}")
+        off = top1 - recorded
+        print(
+            f"the record says {recorded:.2f} %: {f'differs by {off:+.2f}' if off else 'reproduced'}"
+        )
     if cfg.merged or cfg.export:
         merged = peft.merge(model).eval()
         images, _ = next(loader.epoch())
@@ -282,17 +291,27 @@ def run(cfg: DictConfig) -> float:
             plain = set(timm_keys(trained))
             gained = sorted(set(merged.state_dict()) - plain)
             target = Path(cfg.export)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {k: v.contiguous() for k, v in merged.state_dict().items()},
-                target.with_name(f".{target.name}.part"),
-            )
-            target.with_name(f".{target.name}.part").replace(target)
+            records.write(target, save({k: v.contiguous() for k, v in merged.state_dict().items()}))
             print(
                 f"exported {len(merged.state_dict())} tensors to {target}"
                 + (f"; gained: {', '.join(gained)}" if gained else "")
             )
+    if abs(off) > TOLERANCE:
+        raise ArithmeticError(
+            f"the number does not hold: {top1:.2f} % where the record says {recorded:.2f} %. Code, "
+            "data or weights are not what they were, see python -m scripts.diff"
+        )
     return top1
+
+
+def prepare(path: Path) -> None:
+    """Makes the folder of a file that is written in the end. Raises OSError where that will fail:
+    better now than after the evaluation."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written there: {error.strerror}") from error
 
 
 def derived(cfg: DictConfig, machine: dict) -> float:

@@ -19,6 +19,7 @@ repeated, and any number of sweeps may share a folder.
 
 import json
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -79,6 +80,7 @@ def execute(cells: list[Cell], cfg: DictConfig, index: ledger.Index) -> dict[Pat
 
     inputs.check(cell.cfg for cell in dict.fromkeys(job.cell for job in execution.todo))
     options = configuration.plain(cfg.engine) | {"device": cfg.device}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's Ctrl-C
     engine = open_engine(**options)
     total = sum(cell.expected for cell in cells)
     try:
@@ -87,6 +89,7 @@ def execute(cells: list[Cell], cfg: DictConfig, index: ledger.Index) -> dict[Pat
     finally:
         engine.close()
         index.save()
+        signal.signal(signal.SIGTERM, before)
     return execution.reasons
 
 

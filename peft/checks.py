@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
+from peft.config import near
+
 Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would
 
 
@@ -49,11 +51,12 @@ switch: Rule = (lambda v: isinstance(v, bool), "true or false")
 text: Rule = (lambda v: isinstance(v, str), "a name")
 positive, from_zero = numbers("above 0", lambda v: v > 0), numbers("from 0", lambda v: v >= 0)
 fraction = numbers("from 0 to below 1", lambda v: 0 <= v < 1)
+seeds: Rule = (lambda v: whole(v) and 0 <= v < 2**63, "a whole number from 0, below 2^63")
 
 RULES: dict[str, Rule] = {
     "phase": one_of("final", "grid"),
-    "seed": counts(0),
-    "data_seed": counts(0),
+    "seed": seeds,
+    "data_seed": seeds,
     "image_size": counts(1),
     "precision": one_of("bf16", "fp16", "fp32"),
     "workers": counts(0),
@@ -108,13 +111,17 @@ RULES: dict[str, Rule] = {
     "claim_timeout": positive,
     "engine.workers": nullable(counts(1)),
     "engine.threads": nullable(counts(1)),
-    "sweep.seeds": nullable(lists(counts(0))),
+    "sweep.seeds": nullable((lambda v: v and lists(seeds)[0](v), f"{lists(seeds)[1]}, not empty")),
+    "sampler.trials": counts(1),
+    "sampler.halving": nullable(counts(2)),
+    "sampler.seed": seeds,
 }
 
 # What the yaml of a run's dataset, and of its method, must have.
 NEEDED = {
     "dataset": ("name", "suite", "num_classes", "reader"),
     "method": ("name", "placements", "trainable"),
+    "backbone": ("name", "family", "model", "sites", "mean", "std", "image_size"),
 }
 
 DELETE = "nothing: what has a record is not run again, delete its folder"
@@ -156,6 +163,11 @@ def check(config: Mapping) -> None:
             raise ValueError(f"the yaml of this {group} has no {', '.join(missing)}")
     optim = config.get("optim")
     if optim:
+        there = {path.partition(".")[2] for path in RULES if path.startswith("optim.")}
+        if wrong := sorted({*optim} - {"name", *there}):
+            raise ValueError(f"there is no key 'optim.{wrong[0]}'; {near(wrong[0], sorted(there))}")
+        if lacking := sorted(there - {*optim, "betas", "momentum"}):
+            raise ValueError(f"optim has no {', '.join(lacking)}: take optim=adamw_cosine whole")
         needs = {"adamw": "betas", "sgd": "momentum"}[optim["optimizer"]]
         if optim.get(needs) is None:
             kind = optim["optimizer"]

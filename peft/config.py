@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,13 +28,17 @@ from omegaconf.errors import OmegaConfBaseException
 if TYPE_CHECKING:
     from torch import nn
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 PROGRAMS = ("train", "eval", "sweep")
 # what Hydra's grammar complains of, and what was probably meant
+QUOTED = "a value with spaces, accents, = or brackets takes quotes of its own: \"key='a value'\""
 HINTS = {
     "Ambiguous value for argument": "several values are several runs: add -m",
     "Error parsing override": "an option is key=value, such as method=lora",
     "no viable alternative at input": "is that argument whole, and quoted for the shell?",
+    "LexerNoViableAltException": QUOTED,
+    "mismatched input": QUOTED,
 }
 # what a backbone's yaml tells build_backbone
 BUILDING = ("patch", "smallest", "accepts", "fixed", "head", "unused", "fresh", "original")
@@ -122,6 +126,10 @@ def explain(error: Exception, config_name: str) -> str:
         if not above:
             return unknown(leaf, config_name)
         return f"there is no key {full_key!r}; {near(leaf, sorted(map(str, parent)))}"
+    if isinstance(error, InstantiationException) and error.__cause__:
+        text = str(error).partition(", set env var")[0].partition("\n")[0]
+        said = " ".join(str(error.__cause__).split()).removesuffix(", set env var")
+        return f"{text}: {said}{place(error.__cause__)}"
     text = " ".join(str(part).split("\n")[0] for part in (error, error.__cause__) if part)
     group = re.search(r"Could not override '([\w/]+)'", text)
     if group:
@@ -145,10 +153,12 @@ def entry(config_name: str) -> Callable:
                 return main(cfg)
             except KeyboardInterrupt:
                 _stop("interrupted: the same command goes on from the last checkpoint", 130)
-            except TOLD as error:
+            except (*TOLD, HydraException) as error:
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     raise  # Hydra goes on with the other jobs and raises this at the end
-                _stop(str(error), 1)
+                if isinstance(error, HydraException):
+                    _stop(explain(error, config_name), 1)
+                _stop(f"{error}{place(error)}", 1)
 
         run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)
 
@@ -164,11 +174,26 @@ def entry(config_name: str) -> Callable:
             except (HydraException, OmegaConfBaseException) as error:
                 _stop(explain(error, config_name), 1)
             except TOLD as error:
-                _stop(str(error), 1)
+                _stop(f"{error}{place(error)}", 1)
 
         return command
 
     return decorate
+
+
+def place(error: BaseException) -> str:
+    """Where an error that nobody meant came from: the last line of ours; nothing for one that was
+    raised on purpose, which says what to do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = (f for f in frames if Path(f.filename).is_relative_to(ROOT))
+    ours = [frame for frame in inside if "site-packages" not in frame.filename]
+    if not ours or (ours[-1] is frames[-1] and str(ours[-1].line).startswith("raise")):
+        return ""
+    last = ours[-1]
+    return (
+        f" (at {Path(last.filename).relative_to(ROOT)}:{last.lineno}, `{last.line}`; "
+        "PEFT_TRACEBACK=1 shows the whole way)"
+    )
 
 
 def _stop(message: str, status: int) -> None:
@@ -232,7 +257,8 @@ def build(
     from peft.core import attach
 
     placements = placements_of(method, backbone.family)
-    pretrained = backbone.get("pretrained", True) if pretrained is None else pretrained
+    if pretrained is None:
+        pretrained = backbone.get("pretrained", True) or weights is not None
     source = weights
     if pretrained and source is None and backbone.weights is not None:
         source = (

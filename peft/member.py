@@ -22,8 +22,19 @@ class Run:
     cfg: DictConfig
 
     def __post_init__(self) -> None:
+        known = configuration.taken("train")
+        # an experiment leaves no key by its name
+        if gone := [key for key in known if key not in (*self.cfg, "experiment")]:
+            raise ValueError(f"this run has no {', '.join(gone)}: leave out ~{gone[0]}")
+        if new := [str(key) for key in self.cfg if key not in known]:
+            raise ValueError(configuration.unknown(new[0], "train"))
         checks.check(self.cfg)
         self.config = records.portable(configuration.plain(self.cfg))
+        written = as_written(self.cfg.method.name)
+        for name, value in records.hyperparameters(self.config["method"]).items():
+            usual = written.get(name)
+            if checks.number(usual) and value is not None and not checks.number(value):
+                raise ValueError(f"method.{name}={value} should be a number, such as {usual}")
         self.key = records.key_of(self.config)
         self.folder = records.folder_of(self.config, self.cfg.runs_dir)
 

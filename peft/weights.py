@@ -127,13 +127,14 @@ def _read(path: Path) -> dict[str, Tensor]:
         RuntimeError,
         ValueError,
         EOFError,
-        IndexError,
+        LookupError,
         OSError,
         zipfile.BadZipFile,
         SafetensorError,
     ) as error:
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".: ")
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors: {str(error).splitlines()[0]} "
+            f"{path} cannot be read as a checkpoint of tensors ({said}). "
             "Files that would have to be unpickled are refused; save the state dict alone."
         ) from error
 

@@ -27,13 +27,13 @@ from peft import config as configuration
 from scripts.fetch_weights import weights_folder
 from scripts.prepare import datasets, flag, options, root_of, wants_help
 
-SUITES = ("mini", "vtab", "fgvc", "cifar")
 SOURCES = {
     "mini": ("mini",),
     "vtab": ("folder", "raw", "tfds", "store"),
     "fgvc": ("json", "official", "store"),
     "cifar": ("raw",),
 }
+READER = "reader"  # of a suite that somebody added: what its yaml names is all there is
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def place(root: Path, suite: str, task: str, source: str) -> Path:
         "json": lambda: fgvc.find(root, task, "train.json"),
         "official": lambda: fgvc.find(root, task, fgvc.SETS[task].proof),
     }
+    if source == READER:
+        return root / task
     if source == "mini":
         return root / "mini"  # made when first read
     if suite == "cifar":
@@ -84,17 +86,24 @@ def unreadable(images: Images, deep: bool) -> list[str]:
         return [error for error in pool.map(check, rows) if error]
 
 
-def examine(config: DictConfig, root: Path, source: str, deep: bool) -> Finding:
-    """Reads every split of one source."""
+def examine(name: str, config: DictConfig, root: Path, source: str, deep: bool) -> Finding:
+    """Reads every split of one source of the data set that configs/dataset has as `name`."""
     try:
         folder = place(root, config.suite, config.name, source)
     except FileNotFoundError as error:
         return Finding(source, "missing", str(error))
     except ValueError as error:
         return Finding(source, "wrong", str(error))
-    config.source = source
+    splits = config.get("splits")
+    if source != READER:
+        config.source = source
+    elif not splits:
+        protocol = configuration.compose("train", [f"dataset={name}"]).protocol
+        splits = dict.fromkeys(
+            part for use in (protocol.tune, protocol.final) for part in use.values()
+        )
     counts = []
-    for split in config.splits:
+    for split in splits:
         try:
             images = instantiate(config.reader)(split=split, data_root=root)
             if errors := unreadable(images, deep):
@@ -103,7 +112,8 @@ def examine(config: DictConfig, root: Path, source: str, deep: bool) -> Finding:
             if deep and source.partition("/")[0] == "store" and split not in store.UNIONS:
                 store.verify(folder, split)
         except (OSError, ValueError, ImportError) as error:
-            return Finding(source, "wrong", f"{split}: {error}")
+            absent = source == READER and isinstance(error, FileNotFoundError)
+            return Finding(source, "missing" if absent else "wrong", f"{split}: {error}")
         manifest = images.manifest
         counts.append(f"{split} {len(images):,} {manifest.digest[:8]}")
     return Finding(source, "found", f"{folder} ({manifest.pixels}): {', '.join(counts)}")
@@ -158,14 +168,16 @@ def main(arguments: list[str]) -> int:
         given = options(arguments, {"dataset", "source", "deep", "data_root"})
         root, deep = root_of(given), flag(given, "deep")
         findings = {}
-        for name, config in datasets(given.get("dataset"), SUITES).items():
-            sources = (given["source"],) if "source" in given else SOURCES[config.suite]
-            known = SOURCES[config.suite]
+        everyone = configuration.catalogue("dataset")
+        suites = dict.fromkeys([*SOURCES, *(n.partition("/")[0] for n in everyone if "/" in n)])
+        for name, config in datasets(given.get("dataset"), tuple(suites)).items():
+            known = SOURCES.get(config.suite, (READER,))
+            sources = (given["source"],) if "source" in given else known
             if sources[0].partition("/")[0] not in known:
                 raise ValueError(
                     f"{name} has no source '{given['source']}'; there are {', '.join(known)}."
                 )
-            findings[name] = [examine(config, root, source, deep) for source in sources]
+            findings[name] = [examine(name, config, root, source, deep) for source in sources]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

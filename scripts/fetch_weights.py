@@ -195,7 +195,7 @@ def main(arguments: list[str]) -> str:
 
 if __name__ == "__main__":
     try:
-        print(main(sys.argv[1:]))
+        print(__doc__ if {"-h", "--help"} & {*sys.argv} else main(sys.argv[1:]))
     except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

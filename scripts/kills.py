@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scripts.prepare import number, options
+from scripts.prepare import number, options, wants_help
 
 RUN = (
     *("backbone=tiny_vit", "dataset=fake", "image_size=32", "method=lora", "method.dropout=0.1"),
@@ -128,6 +128,9 @@ def kill(count: int, seed: int) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    if wants_help(arguments):
+        print(__doc__)
+        return 0
     try:
         given = options(arguments, {"kills", "seed"})
         count, seed = number(given, "kills", 50), number(given, "seed", 0, 0)

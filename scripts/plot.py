@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.over and options.kind != "ablation":
         raise ValueError(f"--over goes with ablation, not with {options.kind}.")
     if options.over:
-        figure = ablation(found, options.over, table)
+        figure = ablation(found, options.over.removeprefix("method."), table)
     else:
         figure = DRAW[options.kind](found, table)
     committed = options.folder.resolve().is_relative_to(RECORDS.resolve())

@@ -33,8 +33,6 @@ class Sampled(Cell):
             raise ValueError(f"sampler.sampler={sampler} is neither tpe nor random")
         if not points:
             raise ValueError("sampler=optuna needs a sweep with a grid, whose points it proposes")
-        if halving is not None and halving < 2:
-            raise ValueError(f"sampler.halving={halving} must be 2 or more, or null")
         super().__init__(cfg, points, seeds)
         self.kind, self.trials, self.seed, self.ahead = (
             sampler,

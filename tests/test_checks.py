@@ -1,12 +1,15 @@
 """What the keys of a run are called and what they may hold: every one is asked for."""
 
+import re
+
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import peft
 import train
 from peft.checks import NEEDED, RULES, check, check_words
-from peft.config import CONFIGS, catalogue, compose, plain
+from peft.config import CONFIGS, catalogue, compose, place, plain
 
 # names of files, folders and devices, and what programs fill in: asked for where they are used
 ELSEWHERE = {"weights", "device", "runs_dir", "data_root", "weights_dir", "selected_from"}
@@ -84,6 +87,33 @@ def test_sweeps_keep_to_the_rules(name):
 def test_a_wrong_word_names_what_there_is(program, word, message):
     with pytest.raises(ValueError, match=message):
         check(plain(compose(program, [word])))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("+optim.lrr=1", "no key 'optim.lrr'; did you mean lr"),
+        ("+foo=1", "no key or group 'foo'; did you mean"),
+        ("~seed", "this run has no seed"),
+        ("~optim.lr", "optim has no lr"),
+        ("method.rank=four", "method.rank=four should be a number, such as"),
+        ("seed=9223372036854775808", "should be a whole number from 0, below 2"),
+    ],
+)
+def test_what_hydra_lets_through_is_refused(word, message):
+    with pytest.raises(ValueError, match=message):
+        train.Run(compose("train", ["method=lora", word]))
+
+
+def test_an_error_that_nobody_meant_says_where_it_came_from():
+    with pytest.raises(RuntimeError) as slip:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert re.fullmatch(
+        r" \(at tests/test_checks.py:\d+, `torch.ones.*`; PEFT_TRACEBACK=1 .*\)", place(slip.value)
+    )
+    with pytest.raises(ValueError, match="on purpose") as meant:
+        raise ValueError("on purpose")
+    assert place(meant.value) == ""
 
 
 def test_a_table_says_how_it_is_narrowed():

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 from test_train import TINY
 
 import train
 from data import folder
-from peft.config import compose
+from peft.config import CONFIGS, compose
+from scripts import doctor
 
 
 def make(root, split: str, counts: dict[str, int]) -> None:
@@ -40,6 +42,17 @@ def test_classes_are_folders_and_a_tenth_is_set_aside(birds):
     assert test.manifest.labels.tolist() == [1, 1, 1]  # crow is 0, though it has no picture here
     assert test.manifest.ids[1] == "test/rook/1.png" and (test.image(1) == 1).all()
     assert read(birds, "val").manifest.digest == val.manifest.digest
+
+
+def test_doctor_reads_a_suite_that_somebody_added(birds):
+    yaml = OmegaConf.load(CONFIGS / "dataset/folder.yaml")
+    yaml.name = "birds"
+    found = doctor.examine("folder", yaml, birds, doctor.READER, deep=False)
+    assert found.state == "found" and f"{birds}/birds" in found.text
+    assert "train 29 " in found.text and "val 4 " in found.text and "test 3 " in found.text
+    yaml.name = "bees"
+    found = doctor.examine("folder", yaml, birds, doctor.READER, deep=False)
+    assert found.state == "missing" and "What is expected" in found.text
 
 
 def test_a_val_of_ones_own_is_taken(birds):

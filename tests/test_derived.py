@@ -141,6 +141,7 @@ def test_other_weights_another_order_or_form_are_other_runs(runs):
         ("run={alore} experts=single_5", r"kept='single_5', but there are 4 experts"),
         ("run={alore} experts=second", r"kept='second' .*increment_i, single_i or sliced_i"),
         ("run={one} experts=single_1", r"with no experts"),
+        ("run={lora} experts=single_1", r"with no experts"),  # though it has an up and a down
         ("run={alore} experts=single_1 split=val200", r"nothing else: .*a run of its own"),
         ("combine=[{one},{two}] run={one}", r"nothing else"),
         ("combine=[{one},{two}] weights=[1]", r"weights=\[1\] must be 2 numbers"),

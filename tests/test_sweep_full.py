@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,19 @@ def completions(folder: Path) -> Counter:
     """How often each run was trained to its end, by what it printed."""
     logs = folder.glob("runs/fake/fake/*/output.log")
     return Counter({log.parent.name: log.read_text().count(" on fake: ") for log in logs})
+
+
+def test_a_scheduler_may_end_a_sweep(tmp_path):
+    """SIGTERM is Ctrl-C, and what was begun goes on from its checkpoint."""
+    choice = [*SWEEP, "optim.epochs=300", "checkpoint_seconds=0.2", "engine.workers=1"]
+    process = command(tmp_path, *choice)
+    while not list(tmp_path.rglob("state.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "goes on from the last checkpoint" in said, said
+    assert list(tmp_path.rglob("state.pt")) and not list(tmp_path.rglob("failure.json"))
 
 
 @pytest.fixture(scope="module")

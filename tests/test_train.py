@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import peft
@@ -247,6 +247,30 @@ def test_eval_reproduces_merges_and_exports(tmp_path, capsys):
     torch.testing.assert_close(bare.eval()(x), model.eval()(x), atol=1e-5, rtol=1e-5)
     with pytest.raises(FileNotFoundError, match=r"no run finished.*beside it"):
         evaluation.run(compose("eval", [f"run={folder(tmp_path)}x", *here]))
+
+
+def test_eval_fails_where_the_number_does_not_hold(tmp_path):
+    train.run(config(tmp_path))
+    here = [f"run={folder(tmp_path)}", f"data_root={tmp_path}/data", "device=cpu", "workers=0"]
+    for said in ("export=/proc/m.safetensors", "confusion=/proc/c.csv"):
+        with pytest.raises(OSError, match=r"/proc/.* cannot be written there"):
+            evaluation.run(compose("eval", [*here, said]))
+    with pytest.raises(ValueError, match=r"export=m.pth should end in .safetensors"):
+        evaluation.run(compose("eval", [*here, "export=m.pth"]))
+    adapter = folder(tmp_path) / "adapter.safetensors"
+    save_file({k: torch.full_like(v, v.numel()) for k, v in load_file(adapter).items()}, adapter)
+    with pytest.raises(
+        ArithmeticError, match=r"the number does not hold: .* where the record says"
+    ):
+        evaluation.run(compose("eval", here))
+
+
+def test_weights_that_are_given_are_loaded_whatever_the_yaml_says(tmp_path):
+    (tmp_path / "w.pth").write_text("hello")
+    with pytest.raises(
+        ValueError, match=r"w.pth cannot be read as a checkpoint of tensors \(KeyErr"
+    ):
+        train.run(config(tmp_path, f"weights={tmp_path}/w.pth"))
 
 
 def test_eval_tells_the_classes_apart(tmp_path, capsys):

@@ -9,7 +9,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler need not tell wh
 from eval import device_of
 from scripts import bench
 from scripts.bench import cost, listing, loader, measure, merge, pack, paths, readme, run, step
-from scripts.prepare import options
+from scripts.prepare import options, wants_help
 
 # Each takes its options as text, by name, and returns what goes into the file.
 COMMANDS: dict[str, tuple[Callable[[Mapping[str, str]], dict], Mapping[str, str]]] = {
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments or [""]
     if name not in {*COMMANDS, "readme"}:
         print(f"{bench.__doc__}\nThere is: {', '.join(COMMANDS)}, readme.")
-        return 2
+        return 0 if wants_help([name]) else 2
     try:
         if name == "readme":
             options(rest, set())
