@@ -30,11 +30,6 @@ class Run:
             raise ValueError(configuration.unknown(new[0], "train"))
         checks.check(self.cfg)
         self.config = records.portable(configuration.plain(self.cfg))
-        written = as_written(self.cfg.method.name)
-        for name, value in records.hyperparameters(self.config["method"]).items():
-            usual = written.get(name)
-            if checks.number(usual) and value is not None and not checks.number(value):
-                raise ValueError(f"method.{name}={value} should be a number, such as {usual}")
         self.key = records.key_of(self.config)
         self.folder = records.folder_of(self.config, self.cfg.runs_dir)
 
