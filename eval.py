@@ -298,8 +298,8 @@ def run(cfg: DictConfig) -> float:
             )
     if abs(off) > TOLERANCE:
         raise ArithmeticError(
-            f"the number does not hold: {top1:.2f} % where the record says {recorded:.2f} %. Code, "
-            "data or weights are not what they were, see python -m scripts.diff"
+            f"the number does not hold: {top1:.2f} % where the record, of {record['device']}, says "
+            f"{recorded:.2f} %. Code, data or weights are not what they were"
         )
     return top1
 
