@@ -259,9 +259,7 @@ def test_eval_fails_where_the_number_does_not_hold(tmp_path):
         evaluation.run(compose("eval", [*here, "export=m.pth"]))
     adapter = folder(tmp_path) / "adapter.safetensors"
     save_file({k: torch.full_like(v, v.numel()) for k, v in load_file(adapter).items()}, adapter)
-    with pytest.raises(
-        ArithmeticError, match=r"does not hold: .* where the record, of cpu, says"
-    ):
+    with pytest.raises(ArithmeticError, match=r"does not hold: .* where the record, of cpu, says"):
         evaluation.run(compose("eval", here))
 
 
