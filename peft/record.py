@@ -343,9 +343,9 @@ def environment() -> dict:
         )
         return found.stdout.strip() if found.returncode == 0 else None
 
-    # files that git does not know count where they can be part of a run
+    # files that git does not know count where they can be part of a run; :/ is the checkout's root
     parts = ("configs", "data", "peft", "eval.py", "sweep.py", "train.py")
-    status = git("status", "--porcelain", "--", *parts)
+    status = git("status", "--porcelain", "--", *(f":/{part}" for part in parts))
     packages = ("torch", "torchvision", "timm", "hydra-core", "numpy", "pillow")
     return {
         "git_commit": git("rev-parse", "HEAD"),

@@ -101,12 +101,12 @@ def axes(grid: Mapping | list) -> set[str]:
 def values(overrides: list[str]) -> dict[str, object]:
     """Overrides of the command line as {path: value}, without those that choose from a group."""
     pairs = [text.lstrip("+").partition("=") for text in overrides]
-    plain = [f"value={value}" for _, _, value in pairs]
-    return {
-        path: OmegaConf.to_container(OmegaConf.from_dotlist([text]))["value"]
-        for (path, _, _), text in zip(pairs, plain, strict=True)
-        if "." in path
-    }
+    return {path: meant(text) for path, _, text in pairs if "." in path}
+
+
+def meant(text: str) -> object:
+    """A value as the command line writes it: 1e-3 is a number, [1,2] a list."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
 
 
 def task_values(row: Row, task: str) -> dict[str, object]:

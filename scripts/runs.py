@@ -20,12 +20,13 @@ GROUPS = ("natural", "specialized", "structured")
 
 # What the runs of one cell must have in common, as paths into a record, beside all of their
 # configuration but the seed.
-COMMON = [
-    *("protocol", "selection", "trained_on"),
+RULED = ["protocol", "selection", "trained_on"]
+MEASURED = [
     *("tuned_params", "head_params", "provenance.weights_sha256", "provenance.data_sha256"),
     *("provenance.pixels", "provenance.kernel", "provenance.mean", "provenance.std"),
     "provenance.weights",
 ]
+COMMON = [*RULED, *MEASURED]
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def differences(first: dict, record: dict) -> Iterator[tuple[str, object, object
     """In what two runs of one cell are unlike and must not be, (path, one, other, which option
     would choose): who may see the test set, any of their settings but the seed, what was found."""
     drawn = first["provenance"]["weights"] == "random"  # follow the seed, as they should
-    for path in COMMON[:3]:
+    for path in RULED:
         if (one := at(first, path)) != (other := at(record, path)):
             yield path, one, other, f"choose with --protocol {first['protocol']}, or "
     said, own = (records.flat(records.identity(r["config"])) for r in (first, record))
@@ -182,7 +183,7 @@ def differences(first: dict, record: dict) -> Iterator[tuple[str, object, object
         one, other = said.get(path), own.get(path)
         if one != other and path not in ("seed", "derived.of"):
             yield path, one, other, f"choose with --where {path}={one}, or "
-    for path in COMMON[3:]:
+    for path in MEASURED:
         one, other = at(first, path), at(record, path)
         if one != other and not (drawn and path.endswith("weights_sha256")):
             yield path, one, other, ""

@@ -6,6 +6,7 @@ entry knows what it shows and why it may be doubted, so that Markdown, CSV, LaTe
 (`scripts.render`) and the report are made from the same thing. Needs neither torch nor Hydra.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -188,7 +189,7 @@ def own_table(found: Iterable[dict], name: str = "mini") -> Table:
             "backbone": Entry(backbone),
             **of_params(list(cells.values())),
             "epochs": Entry(
-                _lengths(cell.record for cell in cells.values()).removesuffix(" epochs")
+                re.sub(" epochs?$", "", _lengths(cell.record for cell in cells.values()))
             ),
             "seeds": Entry(runs.span(len(cell.top1) for cell in cells.values())),
         }
@@ -214,7 +215,7 @@ def _lengths(found: Iterable[dict]) -> str:
     epochs = [optim["epochs"] for optim in asked if not optim.get("steps")]
     steps = [optim["steps"] for optim in asked if optim.get("steps")]
     parts = (f"{runs.span(n)} {unit}" for n, unit in ((epochs, "epochs"), (steps, "steps")) if n)
-    return ", ".join(parts)
+    return ", ".join(re.sub(r"^(1 \w+)s$", r"\1", part) for part in parts)
 
 
 def _mean_columns(columns: Sequence[tuple]) -> dict[str, list[list[tuple]]]:

@@ -16,9 +16,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from peft import record as records
+from peft.rows import meant
 from scripts import papers, points, published
 from scripts.render import FORMATS, markdown
 from scripts.runs import (
@@ -72,7 +71,7 @@ def under(found: Sequence[dict], protocol: str | None, where: Sequence[str] = ()
         path, given, text = word.partition("=")
         if not given:
             raise ValueError(f"--where {word} has no value: give KEY=VALUE, such as optim.lr=1e-3")
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        value = meant(text)
         own = [(record, records.flat(record["config"]).get(path)) for record in found]
         found = [record for record, has in own if has == value]
         if not found:

@@ -169,6 +169,22 @@ def test_peeking_rows_are_marked_and_do_not_compete():
     assert "**90.0**" in alone  # among its likes it may be
 
 
+def test_where_chooses_among_runs_of_unlike_settings():
+    found = [record(), record(seed=44, config__optim__lr=1e-2)]
+    (left,) = tabulate.under(found, None, ["optim.lr=1e-2"])
+    assert left["seed"] == 44 and len(tabulate.under(found, None, ["image_size=56"])) == 2
+    with pytest.raises(ValueError, match=r"No run has optim.lr=7; there is 0.001, 0.01\."):
+        tabulate.under(found, None, ["optim.lr=7"])
+    with pytest.raises(ValueError, match=r"--where optim\.lr has no value"):
+        tabulate.under(found, None, ["optim.lr"])
+
+
+def test_a_run_of_steps_has_no_epochs():
+    line, note = "| 40 steps |", ", 40 steps, seeds"
+    assert line in (text := markdown([record(config__optim__steps=40)])) and note in text
+    assert ", 1 epoch, seeds" in markdown([record(config__optim__epochs=1)])
+
+
 def test_tasks_whose_split_is_our_own_are_named():
     assert "Own split" not in markdown(suite())
     ours = record("lora", "caltech101", provenance__source="raw-own")
