@@ -17,7 +17,7 @@ import peft
 import train
 from peft import record as records
 from peft.config import catalogue, plain
-from peft.memory import fastest_pack, largest
+from peft.memory import fastest_pack, largest, out_of_memory
 from peft.pack import Folded, Pack, Unstackable, why_not
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}  # of weights after training; a step alone agrees to 1e-5
@@ -209,6 +209,19 @@ def test_the_size_of_a_pack_is_measured():
         assert train.pack_size(runs, cpu) == {"all": 2, "7": 7, 1: 1}[asked]
     runs[0].cfg.pack, runs[0].cfg.grad_checkpointing = "all", True
     assert train.pack_size(runs, cpu) == 1, "recomputation does not stack"
+
+
+@pytest.mark.parametrize(
+    ("words", "full"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_memory_that_ends_is_told_by_its_words(words, full):
+    assert out_of_memory(RuntimeError(words)) is full
 
 
 def test_a_pack_is_tried_on_blank_images():
