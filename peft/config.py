@@ -253,10 +253,32 @@ def build(
 ) -> "nn.Module":
     """The model of a backbone node and a method node, tuners attached. Raises FileNotFoundError
     where the weights of a hub cannot be had."""
-    from peft.backbone import build_backbone  # here: listing configurations needs no torch
-    from peft.core import attach
+    from peft.core import attach  # here: listing configurations needs no torch
 
     placements = placements_of(method, backbone.family)
+    model = build_bare(
+        backbone,
+        num_classes=num_classes,
+        pretrained=pretrained,
+        weights=weights,
+        image_size=image_size,
+        **kwargs,
+    )
+    return attach(model, placements, plain(method.trainable))
+
+
+def build_bare(
+    backbone: DictConfig,
+    *,
+    num_classes: int,
+    pretrained: bool | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    **kwargs,
+) -> "nn.Module":
+    """The network of a backbone node as it stands. Raises as `build` does."""
+    from peft.backbone import build_backbone
+
     if pretrained is None:
         pretrained = backbone.get("pretrained", True) or weights is not None
     source = weights
@@ -267,7 +289,7 @@ def build(
             else backbone.weights
         )
     try:
-        model = build_backbone(
+        return build_backbone(
             instantiate(backbone.model, _convert_="all"),
             {site: pattern for site, pattern in plain(backbone.sites).items() if pattern},
             num_classes=num_classes,
@@ -286,7 +308,6 @@ def build(
             f"{backbone.name}: its weights are neither in the hub's cache nor to be had "
             f"({said}); give weights=FILE{original}"
         ) from error
-    return attach(model, placements, plain(method.trainable))
 
 
 def create(

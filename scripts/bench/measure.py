@@ -1,5 +1,6 @@
 """What the benchmarks share: a model, a clock, a counter, a file with the hardware's name."""
 
+import copy
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.flop_counter import (
     FlopCounterMode,
@@ -23,9 +25,18 @@ from torch.utils.flop_counter import (
 )
 from tqdm import tqdm
 
+import peft
 from data.manifest import replacing
 from eval import device_name
-from peft.config import build, catalogue, check_applies, compose, near
+from peft.config import (
+    build_bare,
+    catalogue,
+    check_applies,
+    compose,
+    near,
+    placements_of,
+    plain,
+)
 from scripts.prepare import number
 
 RESULTS = Path(__file__).parents[2] / "results" / "bench"
@@ -117,11 +128,22 @@ def configured(backbone: str, method: str, depth: int | None = None, *others: st
 def model_of(cfg: DictConfig, device: str = "cpu") -> nn.Module:
     """The model of a configuration, with random weights, on which what is measured does not
     depend; `model.pixels` is the size of its images."""
+    where = "meta" if device == "meta" else "cpu"
+    model = copy.deepcopy(bare(OmegaConf.to_yaml(cfg.backbone, resolve=True), where))
     torch.manual_seed(0)
-    with torch.device("meta" if device == "meta" else "cpu"):
-        model = build(cfg.backbone, cfg.method, num_classes=CLASSES, pretrained=False)
+    with torch.device(where):
+        placements = placements_of(cfg.method, cfg.backbone.family)
+        model = peft.attach(model, placements, plain(cfg.method.trainable))
     model.pixels = int(cfg.backbone.image_size)
-    return model if device == "meta" else model.to(device)
+    return model.to(device)
+
+
+@lru_cache(1)  # every method of a benchmark stands on the same one
+def bare(backbone: str, where: str) -> nn.Module:
+    """The network of a backbone node, written as YAML, on "cpu" or "meta"."""
+    torch.manual_seed(0)
+    with torch.device(where):
+        return build_bare(OmegaConf.create(backbone), num_classes=CLASSES, pretrained=False)
 
 
 def chosen(

@@ -10,6 +10,8 @@ before the first tuner is computed once).
 
 import itertools
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
+from tqdm import tqdm
 
 import peft
 from peft.optimiser import make_optimizer, spared
@@ -59,7 +62,9 @@ def stepping(
     return packed, step
 
 
-def packs(method: str, shape: Shape, members: list[int], rate: float, modes: list) -> list[dict]:
+def packs(
+    method: str, shape: Shape, members: list[int], rate: float, modes: list, bar: tqdm
+) -> list[dict]:
     """A row for each K that fits the memory, and each way to compile it."""
     cfg = measure.configured(shape.backbone, method, shape.depth)
     model = measure.model_of(cfg, shape.device)
@@ -74,7 +79,9 @@ def packs(method: str, shape: Shape, members: list[int], rate: float, modes: lis
             executed = measure.flops(step)
             if mode:
                 images, _ = measure.batch_of(model, shape.batch)
+                begun = time.monotonic()
                 failure = packed.compile(mode, images, measure.mixed(shape.device))
+                row["compile_seconds"] = round(time.monotonic() - begun, 1)
                 row |= {"compiled": False, "compile_failure": failure} if failure else {}
             if shape.on_gpu:
                 torch.cuda.reset_peak_memory_stats(shape.device)
@@ -95,6 +102,8 @@ def packs(method: str, shape: Shape, members: list[int], rate: float, modes: lis
         if shape.on_gpu:
             row["peak_mebibytes"] = round(torch.cuda.max_memory_allocated(shape.device) / 2**20)
         rows.append(row)
+        bar.write(f"{method}: {row}", file=sys.stderr)
+        bar.update()
     return rows
 
 
@@ -106,10 +115,11 @@ def pack(given: Mapping[str, str]) -> dict:
     asked = given.get("compile", "false")
     modes = {"false": [False], "true": [False, True]}.get(asked, [False, asked])
     rate, found = measure.matmul_rate(shape.device), []
-    for method in measure.progress_over(methods, "pack (methods)"):
-        rows = packs(method, shape, members, rate, modes)
-        best = max(rows, key=lambda row: row.get("runs_per_hour", 0))
-        found.append({"method": method, "chosen": best["members"], "packs": rows})
+    with measure.progress(len(methods) * len(members) * len(modes), "pack") as bar:
+        for method in methods:
+            rows = packs(method, shape, members, rate, modes, bar)
+            best = max(rows, key=lambda row: row.get("runs_per_hour", 0))
+            found.append({"method": method, "chosen": best["members"], "packs": rows})
     return {
         "measured": "a training step; the solo run is not compiled; "
         f"a run is {EPOCHS} epochs of {IMAGES:,} images, without evaluation",
