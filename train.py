@@ -41,9 +41,10 @@ from peft import parallel
 from peft import record as records
 from peft.checkpoint import History, Stop, resume, save_state
 from peft.member import Run, weights_name
-from peft.memory import checkpointed, fastest_pack, out_of_memory, peak_memory, with_advice
+from peft.memory import checkpointed, out_of_memory, peak_memory, with_advice
 from peft.optimiser import learning_rate, length, make_optimizer, spared
 from peft.pack import Pack, Unstackable, entropies, numbers_of, why_not
+from peft.speed import compiled, fastest_pack
 from peft.watch import Progress, describe, mirror, write_log
 
 
@@ -173,12 +174,12 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     pack = Pack(model, net, starts, spared(optim.no_decay), numbers, same_draws, bool(optim.ema))
     if parallel.world() > 1:
         pack.share(device)
-    if cfg.compile:
+    graphs = cfg.compile if cfg.compile != "auto" or device.type == "cuda" else False
+    if graphs:
         images, labels = next(batches.epoch())
         piece, *_ = next(parallel.pieces(len(labels), optim.accumulate))
-        failure = pack.compile(cfg.compile, images[piece], autocast)
-        if failure and parallel.first():
-            print(f"compile={cfg.compile} does not work here ({failure}): going on without it")
+        steps = length(optim, len(batches))
+        graphs = compiled(pack, cfg, images[piece], autocast, steps)
     history = fit(pack, batches, (judged, scoring) if peeks else None, runs, autocast, mix)
 
     provenance = {
@@ -189,6 +190,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
         **loader.provenance,
         "precision": cfg.precision if autocast._enabled else "fp32",
         "pack": len(runs),
+        "compiled": graphs,
         "processes": parallel.world(),
         "threads": torch.get_num_threads(),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft.config import near
 
+GRAPHS = ("reduce-overhead", "max-autotune")  # the modes of torch.compile with CUDA graphs
 Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would
 
 
@@ -64,7 +65,11 @@ RULES: dict[str, Rule] = {
         lambda v: bool(re.fullmatch("auto|all|[1-9][0-9]*", str(v))),
         "auto, all or a number from 1",
     ),
-    "compile": (lambda v: isinstance(v, (bool, str)), "true, false or a mode of torch.compile"),
+    "compile": (
+        lambda v: isinstance(v, bool) or v in ("auto", *GRAPHS, "max-autotune-no-cudagraphs"),
+        "auto, true, false, or a mode of torch.compile: reduce-overhead, max-autotune, "
+        "max-autotune-no-cudagraphs",
+    ),
     "grad_checkpointing": switch,
     "checkpoint_seconds": from_zero,
     "info": switch,
@@ -176,8 +181,7 @@ def check(config: Mapping) -> None:
             )
         if optim["schedule"] != "step" and optim["restart_epochs"]:
             raise ValueError("optim.restart_epochs goes with optim.schedule=step only")
-        graphs = config.get("compile") in ("reduce-overhead", "max-autotune")
-        if graphs and optim["accumulate"] > 1:
+        if config.get("compile") in GRAPHS and optim["accumulate"] > 1:
             raise ValueError(
                 f"compile={config['compile']} has gradients in the memory of its CUDA graphs, "
                 f"where the next part of a batch overwrites them: with optim.accumulate="

@@ -56,7 +56,7 @@ class DoRA(WeightTuner):
             moved = weight + self.scale * self.up @ self.down
         ratio, kept = self.ratio(moved), F.linear(x, weight)
         dropped = self.dropout(x)
-        low = self.scale * F.linear(F.linear(dropped, self.down), self.up)
+        low = F.linear(self.scale * F.linear(dropped, self.down), self.up)
         if self.training and self.dropout.p:
             y = kept + (ratio - 1) * F.linear(dropped, weight) + ratio * low
         else:

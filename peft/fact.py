@@ -93,4 +93,4 @@ class FacT(WeightTuner):
         """Through r channels: U, the slices' cores, V."""
         narrow = F.linear(x.unflatten(-1, (self.grid[1], -1)), self.down)  # (..., q, r)
         narrow = self.dropout(torch.einsum("...qa,pqab->...pb", narrow, self.slices()))
-        return self.base(x) + self.scale * F.linear(narrow, self.up).flatten(-2)
+        return self.base(x) + F.linear(self.scale * narrow, self.up).flatten(-2)

@@ -76,12 +76,13 @@ class LoRA(WeightTuner):
         return weight + self.scale * (up @ down).view_as(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """The low-rank path: never forms B A; dropout on the input of A lives here."""
+        """The low-rank path: never forms B A, and scales what is narrow; dropout on the input of A
+        lives here."""
         if not self.cheap():
             return super().forward(x)
         up, down = self.factors()
         x, y, base = self.dropout(x), self.base(x), innermost(self.base)
         if isinstance(base, nn.Linear):
-            return y + self.scale * F.linear(F.linear(x, down), up)
+            return y + F.linear(self.scale * F.linear(x, down), up)
         narrow = base._conv_forward(x, down.view(-1, *base.weight.shape[1:]), None)
-        return y + self.scale * F.conv2d(narrow, up[:, :, None, None])
+        return y + F.conv2d(self.scale * narrow, up[:, :, None, None])

@@ -201,27 +201,45 @@ class Pack:
         return self.shared.no_sync() if self.shared and not last else nullcontext()
 
     def compile(self, mode: bool | str, images: Tensor, autocast: torch.autocast) -> str | None:
-        """Compiles the forward pass and tries it on a batch, which leaves no trace. Returns why
-        that failed, after which the pack is as it was, or None."""
-        plain, start = self.forward, {n: t.clone() for n, t in adapter_state(self.model).items()}
-        devices = [images.device] if images.device.type == "cuda" else []
+        """Compiles the forward pass and tries it on a batch. Returns why that failed, after which
+        the pack is as it was, or None."""
+        plain = self.forward
         torch.compiler.reset()  # it gives up after some networks in one process
+        shape = images.shape
         mode, failure = None if mode is True else mode, None
         # a pack that is not one graph would run as it is, and nobody would be told
-        # nor would a graph for any size of batch do, which torch makes at the smaller last one: in
-        # vmap some of its operators want numbers
-        self.forward = torch.compile(plain, fullgraph=not self.solo, dynamic=False, mode=mode)
-        with torch.random.fork_rng(devices):
+        # nor would a graph for any size of batch do: in vmap some of its operators want numbers
+        graph = torch.compile(plain, fullgraph=not self.solo, dynamic=False, mode=mode)
+
+        def forward(*given) -> tuple[Tensor, Tensor]:  # the smaller last batch pays for no graph
+            return (graph if given[-1].shape == shape else plain)(*given)
+
+        self.forward = forward
+        with self.trial(images, autocast) as step:
             try:
-                with autocast:
-                    logits, extra = self(images)
-                (logits.float().sum() + extra.sum()).backward()
+                for _ in range(3):  # CUDA graphs are recorded at the second, and replayed then
+                    step()
             except Exception as error:
                 self.forward, failure = plain, f"{type(error).__name__}: {str(error).strip()}"
-        for leaf in (leaf for k in self.members for leaf in self.trained(k)):
-            leaf.grad = None
-        load_adapter_state(self.model, start)
         return failure and failure.splitlines()[0]
+
+    @contextmanager
+    def trial(self, images: Tensor, autocast: torch.autocast) -> Iterator[Callable[[], None]]:
+        """A step forth and back, as often as one likes: none leaves a trace."""
+
+        def step() -> None:
+            with autocast:
+                logits, extra = self(images)
+            (logits.float().sum() + extra.sum()).backward()
+            for leaf in (leaf for k in self.members for leaf in self.trained(k)):
+                leaf.grad = None
+
+        start = {name: t.clone() for name, t in adapter_state(self.model).items()}
+        try:
+            with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+                yield step
+        finally:
+            load_adapter_state(self.model, start)
 
     def stacks(self, leaves: Nested) -> dict[str, Tensor]:
         """The tensors that train by name, (K, *shape)."""

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 import peft
 import train
 from peft.config import catalogue
-from peft.memory import fastest_pack
 from peft.pack import Pack
+from peft.speed import fastest_pack
 
 pytestmark = [
     pytest.mark.full,

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import peft
 import train
 from peft import record as records
 from peft.config import catalogue, plain
-from peft.memory import fastest_pack, largest, out_of_memory
 from peft.pack import Folded, Pack, Unstackable, why_not
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}  # of weights after training; a step alone agrees to 1e-5
@@ -179,67 +177,6 @@ def test_numbers_of_tuners_stack(tmp_path, common, values):
     assert any((states[0][name] - states[1][name]).abs().max() > 1e-3 for name in states[0])
 
 
-def test_the_size_of_a_pack_is_measured():
-    """Doubled while it pays and fits, then evened out."""
-
-    def costs(*seconds: float):
-        def of(size: int) -> float:
-            tried.append(size)
-            if len(tried) > len(seconds):
-                raise torch.OutOfMemoryError("full")
-            return seconds[len(tried) - 1]
-
-        return of
-
-    for seconds, most, sizes, chosen in [
-        ((1, 1.1, 1), 35, [1, 2, 4], 1),
-        ((1, 1.1, 0.7, 0.4, 0.5, 0.39), 35, [1, 2, 4, 8, 16, 32], 7),
-        ((1, 0.6, 0.4, 0.3, 0.28), 35, [1, 2, 4, 8, 16, 32], 12),
-        ((1, 0.6, 0.59, 0.58), 7, [1, 2, 4, 7], 2),
-        ((1, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05), 35, [1, 2, 4, 8, 16, 32, 35], 35),
-        ((1,), 9, [1, 2], 1),
-    ]:
-        tried: list[int] = []
-        assert largest(costs(*seconds), most) == chosen and tried == sizes
-    cfgs = [config(Path("x"), "pack=auto", f"optim.lr={lr}") for lr in (1, 2)]
-    runs, cpu = [train.Run(cfg) for cfg in cfgs], torch.device("cpu")
-    assert train.pack_size(runs, cpu) == 1
-    for run, asked in ((runs[0], "all"), (runs[0], "7"), (runs[0], 1)):
-        run.cfg.pack = asked
-        assert train.pack_size(runs, cpu) == {"all": 2, "7": 7, 1: 1}[asked]
-    runs[0].cfg.pack, runs[0].cfg.grad_checkpointing = "all", True
-    assert train.pack_size(runs, cpu) == 1, "recomputation does not stack"
-
-
-@pytest.mark.parametrize(
-    ("words", "full"),
-    [
-        ("CUDA error: out of memory", True),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", True),
-        ("CUDA error: an illegal memory access was encountered", False),
-    ],
-)
-def test_memory_that_ends_is_told_by_its_words(words, full):
-    assert out_of_memory(RuntimeError(words)) is full
-
-
-def test_a_pack_is_tried_on_blank_images():
-    model = tiny("tiny_vit", "lora")
-    before = {name: t.clone() for name, t in peft.adapter_state(model).items()}
-    off = torch.autocast("cpu", enabled=False)
-    assert fastest_pack(model, torch.Size([2, 3, 32, 32]), off, 3) in (1, 2, 3)
-    after = peft.adapter_state(model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_what_does_not_stack_is_tried_and_told(capsys):
-    model, off = tiny("tiny_vit", "mlp4"), torch.autocast("cpu", enabled=False)
-    assert fastest_pack(model, torch.Size([2, 3, 32, 32]), off, 3) == 1
-    said = capsys.readouterr().out
-    assert "a pack of 2 does not work (the running statistics of head" in said
-
-
 def test_what_comes_before_the_first_tuner_runs_once_and_without_a_graph(images):
     model = tiny("tiny_vit", "lora")
     for block in (0, 1):  # as with layers=[2, 3, ...]
@@ -280,18 +217,6 @@ def test_a_compiled_pack_may_lose_many_members(images, monkeypatch):
     for k in range(11):
         pack.drop(k, optimizer)
         assert len(pack(images)[0]) == 11 - k
-
-
-def test_a_compiled_pack_takes_the_smaller_last_batch(tmp_path, monkeypatch, capsys):
-    """80 images in batches of 24: torch would make a graph for any size, which vmap refuses."""
-    graphs = partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **said: graphs(f, **said))
-    rates = ("optim.lr=1e-3", "optim.lr=2e-3")
-    both = ["method=vpt_deep", "optim.batch_size=24", "pack=all"]
-    plain = train.run_pack([config(tmp_path / "plain", *both, r) for r in rates])
-    chosen = [config(tmp_path / "graphs", *both, "compile=true", r) for r in rates]
-    assert train.run_pack(chosen) == plain
-    assert "does not work" not in capsys.readouterr().out
 
 
 def test_a_member_that_diverges_leaves_its_neighbours_alone(tmp_path):
