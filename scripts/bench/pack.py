@@ -8,7 +8,6 @@ counts K times the operations of a solo step, or the pack's own where these are 
 before the first tuner is computed once).
 """
 
-import itertools
 import math
 import sys
 import time
@@ -37,6 +36,7 @@ OPTIONS = {
     "rounds": "3 on a CPU, 10 on a GPU",
     "methods": "lora,rlrr",
     "compile": "false; true or a mode of torch.compile: packs also compiled, never the solo run",
+    "graphs": "all of the members; which packs are also compiled",
 }
 IMAGES, EPOCHS = 1000, 100
 
@@ -63,16 +63,16 @@ def stepping(
 
 
 def packs(
-    method: str, shape: Shape, members: list[int], rate: float, modes: list, bar: tqdm
+    method: str, shape: Shape, tries: list[tuple[int, bool | str]], rate: float, bar: tqdm
 ) -> list[dict]:
-    """A row for each K that fits the memory, and each way to compile it."""
+    """A row for each try, a K and a way to compile it, until the memory ends."""
     cfg = measure.configured(shape.backbone, method, shape.depth)
     model = measure.model_of(cfg, shape.device)
     _, solo = stepping(cfg, model, 1, shape)
     solo_flops = measure.flops(solo)
     per_run = EPOCHS * math.ceil(IMAGES / shape.batch)
     rows = []
-    for k, mode in itertools.product(members, modes):
+    for k, mode in tries:
         row = {"members": k, "compiled": mode}
         try:
             packed, step = stepping(cfg, model, k, shape)
@@ -110,14 +110,21 @@ def packs(
 def pack(given: Mapping[str, str]) -> dict:
     shape = measure.shape_of(given, batch=8, rounds=3)
     listed = given.get("members", "1,2,4,8,16,32,64" if shape.on_gpu else "1,2,4").split(",")
-    members = [number({"members": k}, "members", 1) for k in listed]
     methods, _ = measure.chosen(given, shape.backbone, ("lora", "rlrr"))
     asked = given.get("compile", "false")
-    modes = {"false": [False], "true": [False, True]}.get(asked, [False, asked])
+    ways = {"false": [], "true": [True]}.get(asked, [asked])
+    graphs = set(given.get("graphs", ",".join(listed)).split(","))
+    if unknown := graphs - set(listed):
+        raise ValueError(f"graphs: {', '.join(unknown)} is not among members={','.join(listed)}")
+    tries = [
+        (number({"members": k}, "members", 1), way)
+        for k in listed
+        for way in (False, *(ways if k in graphs else ()))
+    ]
     rate, found = measure.matmul_rate(shape.device), []
-    with measure.progress(len(methods) * len(members) * len(modes), "pack") as bar:
+    with measure.progress(len(methods) * len(tries), "pack") as bar:
         for method in methods:
-            rows = packs(method, shape, members, rate, modes, bar)
+            rows = packs(method, shape, tries, rate, bar)
             best = max(rows, key=lambda row: row.get("runs_per_hour", 0))
             found.append({"method": method, "chosen": best["members"], "packs": rows})
     return {

@@ -121,12 +121,13 @@ def pack(result: dict) -> list[str]:
 def run(result: dict) -> list[str]:
     hours, seconds = result["hours"], result["measured_seconds"]
     parts = {"decoding": ("fill", "input", "test_input"), "step": ("step",)}
-    parts["evaluation"] = ("evaluation",)
+    parts |= {"compiling": ("compiling",), "evaluation": ("evaluation",)}
     rows = []
     for part, timed in parts.items():
         row = [part]
         for name in ("naive", "ours"):
-            row += [f"{sum(seconds[name].get(t, 0) for t in timed):.2f}", f"{hours[name][part]}"]
+            measured = sum(seconds[name].get(t, 0) for t in timed)
+            row += [f"{measured:.2f}", f"{hours[name].get(part, 0.0)}"]
         rows.append(row)
     head = ["part", "naive, measured s", "naive, scaled h", "ours, measured s", "ours, scaled h"]
     to = result["scaled_to"]

@@ -2,10 +2,12 @@
 
 The naive loop decodes every training image with Pillow in every epoch, one by one, takes a plain
 step, and after every epoch decodes and scores the whole test set with the tuners in place. Ours
-decodes once, keeps the images as numbers, and scores the test set once, merged. Both are timed
+decodes once, keeps the images as numbers, compiles its step where `compile=auto` does (on a GPU),
+and scores the test set once, merged. Both are timed
 over two epochs that take turns, on `images` training and `test` test images, and scaled to 100
 epochs of 1,000 images and VTAB's mean test set of 20,416: what is in `hours` was not run. It is
-split into decoding (all of input: waiting for batches), steps and evaluation (forward passes).
+split into decoding (all of input: waiting for batches), compiling, steps and evaluation (forward
+passes).
 """
 
 import tempfile
@@ -24,6 +26,7 @@ import peft
 from data.pictures import Files
 from peft.optimiser import make_optimizer, spared
 from peft.pack import Pack
+from peft.speed import compiled
 from scripts.bench import measure
 from scripts.bench.loader import images_of, pictures
 from scripts.prepare import number
@@ -130,7 +133,7 @@ def plain_step(model: nn.Module, device: str):
 
 
 def our_step(cfg, model: nn.Module, device: str):
-    """A training step of train.py: a pack of one."""
+    """A pack of one, and a training step of train.py with it."""
     start = {name: tensor.clone() for name, tensor in peft.adapter_state(model).items()}
     pack = Pack(model, model, [start], spared(cfg.optim.no_decay))
     optimizer = make_optimizer(pack, [cfg.optim])
@@ -144,7 +147,7 @@ def our_step(cfg, model: nn.Module, device: str):
         loss.backward()
         optimizer.step()
 
-    return step
+    return pack, step
 
 
 def scaled(clock: Clock, images: int, test: int, epochs: int, tests: int) -> dict[str, float]:
@@ -154,6 +157,7 @@ def scaled(clock: Clock, images: int, test: int, epochs: int, tests: int) -> dic
     every = (1 if tests == 1 else EPOCHS) * TEST / (tests * test)
     parts = {
         "decoding": once + each * clock["input"] + every * clock["test_input"],
+        "compiling": clock.get("compiling", 0.0),
         "step": each * clock["step"],
         "evaluation": every * clock["evaluation"],
     }
@@ -170,7 +174,8 @@ def run(given: Mapping[str, str]) -> dict:
     workers = number(given, "workers", 4 * on_gpu, 0)
     cfg = measure.configured(shape.backbone, given.get("method", "lora"), shape.depth)
     naive, ours = (measure.model_of(cfg, device) for _ in range(2))
-    steps = plain_step(naive, device), our_step(cfg, ours, device)
+    pack, step = our_step(cfg, ours, device)
+    steps = plain_step(naive, device), step
     clocks = Clock(), Clock()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -197,6 +202,15 @@ def run(given: Mapping[str, str]) -> dict:
 
         warm = measure.batch_of(ours, batch)
         for step in steps:
+            step(*warm)
+        graphs: list[bool | str] = []
+        if on_gpu:  # as train.py
+
+            def compiling() -> None:
+                whole = EPOCHS * TRAIN // batch
+                graphs.append(compiled(pack, cfg, warm[0], measure.mixed(device), whole))
+
+            clocks[1].doing("compiling", compiling, device)
             step(*warm)
         cached = own(images, True)
         clocks[1].doing("fill", lambda: next(cached.epoch(0)), device)
@@ -226,6 +240,7 @@ def run(given: Mapping[str, str]) -> dict:
         "timed_test_images": test,
         "jpeg_pixels": pixels,
         "workers": workers,
+        "compiled": any(graphs) and graphs[0],
         "measured_seconds": {
             name: {part: round(seconds, 3) for part, seconds in clock.items()}
             for name, clock in zip(("naive", "ours"), clocks)
