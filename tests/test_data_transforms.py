@@ -42,7 +42,8 @@ def levels(batch, mean=0.5, std=0.5):
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_every_preset_serves_its_size_and_streams_the_same(path):
+def test_every_preset_serves_its_size_and_streams_the_same(path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 8)
     preset = Preset(**OmegaConf.load(path))
     assert preset.name == path.stem
     images = pictures(20, ragged=True)
@@ -57,6 +58,15 @@ def test_every_preset_serves_its_size_and_streams_the_same(path):
         first, again, other = (next(cached.epoch(e))[0] for e in (0, 0, 1))
         assert torch.equal(first, again)
         assert torch.equal(first, other) == (not train)
+
+
+def test_a_gpu_with_room_keeps_more(monkeypatch):
+    images = pictures(20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 800))
+    loader = load(images, Preset("x"), device="cuda")
+    assert loader._budget() == 100
+    assert load(images, Preset("x"), device="cuda", cache_bytes=7)._budget() == 7
+    assert load(images, Preset("x"))._budget() == 2**31
 
 
 def test_legacy_bilinear_has_the_values_of_its_definition():
