@@ -192,6 +192,7 @@ def page(results: dict[str, dict]) -> str:
                 said,
                 on,
                 result["when"][:10],
+                result.get("note"),
             ]
             text.append(f"## {stem}\n\n{'; '.join(fact for fact in facts if fact)}.\n")
             text += [f"{part}\n" for part in tables(result)]

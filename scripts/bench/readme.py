@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 from tabulate import tabulate
 
@@ -46,7 +47,8 @@ def merge(result: dict) -> Lines:
     if ratios:
         yield (
             f"merged forward pass, bare backbone = 1, {len(ratios)} methods",
-            f"{spread(ratios)} (a copy of the bare one: {result['control']:.2f})",
+            f"{spread(ratios)}, median {median(ratios):.2f} (a copy of the bare one: "
+            f"{result['control']:.2f})",
         )
 
 
@@ -62,10 +64,13 @@ def pack(result: dict) -> Lines:
 
 
 def run(result: dict) -> Lines:
-    hours = result["total_hours"]
+    hours, unit = result["total_hours"], "h"
+    if hours["naive"] < 1:
+        hours, unit = {name: 60 * value for name, value in hours.items()}, "min"
     yield (
         f"a VTAB-shaped run of {result['method']} against the naive loop (scaled)",
-        f"{hours['ours']:.2f} h against {hours['naive']:.2f} h: {result['ratio']:.1f} times less",
+        f"{hours['ours']:.1f} {unit} against {hours['naive']:.1f} {unit}: "
+        f"{result['ratio']:.1f} times less",
     )
 
 
