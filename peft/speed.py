@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from peft import parallel
+from peft.core import tuners
 from peft.memory import out_of_memory
 from peft.pack import Pack
 from peft.state import adapter_state
@@ -83,12 +84,16 @@ def compiled(
     choice, auto = cfg.compile, cfg.compile == "auto"
     plain, speak, parts = pack.forward, parallel.first(), cfg.optim.accumulate
     if auto:
+        if any(tuner.alone for tuner in tuners(pack.model).values()):
+            return False  # another network at every step: another graph
         before = step_seconds(pack, images, autocast)
         if not any(parallel.agreed([steps * parts * before > LONG])):
             return False
         # launches limit a run alone; a pack needs the memory that CUDA graphs would keep
         alone = pack.solo and parts == 1 and parallel.world() == 1
         choice = "reduce-overhead" if alone else True
+    if speak:
+        print("compiling the step, which takes half a minute or more", flush=True)
     if failure := pack.compile(choice, images, autocast):
         if speak:
             print(f"compile={choice} does not work here ({failure}): going on without it")

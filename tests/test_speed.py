@@ -111,13 +111,15 @@ def test_a_compiled_pack_takes_the_smaller_last_batch(tmp_path, capsys, graphs):
     assert [record["provenance"]["compiled"] for record in of] == [True, True]
 
 
-def chosen(monkeypatch, seconds: list[float], *overrides: str, members: int = 1, steps: int = 3200):
-    """What `compile=auto` makes of a pack whose steps take so long, before and after."""
+def chosen(
+    monkeypatch, seconds: list[float], *overrides: str, members: int = 1, method: str = "lora"
+) -> bool | str:
+    """What `compile=auto` makes of a pack whose 3,200 steps take so long, before and after."""
     monkeypatch.setattr(speed, "step_seconds", lambda *_: seconds.pop(0))
-    model = tiny("tiny_vit", "lora").train()
+    model = tiny("tiny_vit", method).train()
     pack = Pack(model, model, starts_of(model, members), train.spared("one_dim"))
     plain, cfg = pack.forward, config(Path("x"), *overrides)
-    mode = compiled(pack, cfg, torch.zeros(2, 3, 32, 32), OFF, steps)
+    mode = compiled(pack, cfg, torch.zeros(2, 3, 32, 32), OFF, 3200)
     assert (pack.forward is plain) == (not mode) and not seconds
     return mode
 
@@ -131,6 +133,7 @@ def test_auto_compiles_what_takes_long(monkeypatch, capsys, graphs):
     assert auto([0.1, 0.06], members=2) is True
     assert auto([0.1, 0.097], members=2) is False, "no faster"
     assert graphs
+    assert auto([], method="noah_supernet") is False, "it draws a network for every step"
 
 
 def test_auto_leaves_a_cpu_alone(tmp_path, graphs):

@@ -66,8 +66,11 @@ def step(result: dict) -> list[str]:
     named |= {"merged_to_bare": "merged / bare", "goes": "where the time goes"}
     rows = []
     for row in result["methods"]:
-        slowest = row.get("time_goes_to", {}).get("slowest", {})
-        goes = ", ".join(f"{name} {100 * share:.0f} %" for name, share in slowest.items())
+        spent = row.get("time_goes_to", {})
+        slowest = spent.get("slowest", {}).items()
+        goes = ", ".join(f"{name} {100 * share:.0f} %" for name, share in slowest)
+        if "busy" in spent:  # the rest is launches
+            goes = f"{100 * spent['busy']:.0f} % on the GPU, there {goes}"
         rows.append(row | {"goes": goes})
     return [
         "A forward and a backward pass. `linear forward`: the forward pass of linear probing; "
