@@ -142,7 +142,7 @@ def loader_of(cfg: DictConfig, split: str, device: torch.device, train: bool) ->
         batch_size=cfg.optim.batch_size if train else min(4 * cfg.optim.batch_size, 512),
         data_seed=cfg.data_seed,
         device=device,
-        workers=cfg.workers,
+        workers=min(8, checks.cores()) if cfg.workers == "auto" else cfg.workers,
         drop_last=train and cfg.optim.drop_last,
         task=cfg.dataset.name,
     )

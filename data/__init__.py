@@ -25,7 +25,8 @@ from torch import Tensor
 from data.manifest import Manifest, hash_order
 from data.transforms import DRAWS, FLIP, Preset, View, erase, normalise
 
-CHUNK = 1024  # images that are decoded before they go to the device
+CHUNK = 16  # images that go to the device together: 16 chunks under way fit the 64 MiB of a container
+FEW = 2048  # images that threads decode: they share Python's lock, but start at once
 
 __all__ = ["Images", "Loader", "Manifest", "Preset", "View", "hash_order", "load"]
 
@@ -263,18 +264,40 @@ class Loader:
         """Every image after the fixed part, on the device: one tensor if all have the same shape,
         else a list. Few of them are in the host's memory at a time.
         """
-        parts: list[Tensor] = []
-        # Pillow releases the interpreter lock while it works
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, self.num_images, CHUNK):
-                rows = range(start, min(start + CHUNK, self.num_images))
-                some = list(pool.map(self._fixed, rows))
-                alike = len({x.shape for x in some}) == 1
-                batches = [torch.stack(some)] if alike else [x[None] for x in some]
-                parts += [x.to(self.device) for x in batches]
-        if len({x.shape[1:] for x in parts}) == 1:
-            return torch.cat(parts)
-        return [x for part in parts for x in part]
+        fixed, flats, groups = _Fixed(self), [], []
+        chunks = [
+            range(start, min(start + CHUNK, self.num_images))
+            for start in range(0, self.num_images, CHUNK)
+        ]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            if self.workers and self.num_images > FEW:
+                found = torch.utils.data.DataLoader(
+                    fixed, batch_size=None, sampler=chunks, num_workers=self.workers
+                )
+            else:
+                found = pool.map(fixed.__getitem__, chunks)
+            for flat, shapes in found:
+                flats.append(flat.to(self.device, copy=True))  # what is shared has a file open
+                groups.append([tuple(shape) for shape in shapes])
+        every = {shape for shapes in groups for shape in shapes}
+        if len(every) == 1:
+            return torch.cat(flats).view(-1, *every.pop())
+        return [
+            x.view(shape)
+            for flat, shapes in zip(flats, groups, strict=True)
+            for x, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)
+        ]
+
+
+@dataclass(eq=False)
+class _Fixed(torch.utils.data.Dataset):
+    """A range of images after the fixed part: all their numbers in a row, and their shapes."""
+
+    loader: Loader
+
+    def __getitem__(self, rows: range) -> tuple[Tensor, list[tuple[int, ...]]]:
+        images = [self.loader._fixed(i) for i in rows]
+        return torch.cat([x.flatten() for x in images]), [tuple(x.shape) for x in images]
 
 
 @dataclass(eq=False)

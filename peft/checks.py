@@ -4,6 +4,7 @@ run, by `sweep.py` of all of them. Hydra says what a key is called, this what it
 Needs neither torch nor Hydra.
 """
 
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,12 @@ def numbers(means: str, fits: Callable[[float], bool]) -> Rule:
 
 def counts(least: int) -> Rule:
     return lambda v: whole(v) and v >= least, f"a whole number from {least}"
+
+
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    there = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if there else os.cpu_count() or 1
 
 
 def one_of(*names: str) -> Rule:
@@ -60,7 +67,7 @@ RULES: dict[str, Rule] = {
     "data_seed": seeds,
     "image_size": counts(1),
     "precision": one_of("bf16", "fp16", "fp32"),
-    "workers": counts(0),
+    "workers": (lambda v: v == "auto" or (whole(v) and v >= 0), "auto or a whole number from 0"),
     "pack": (
         lambda v: bool(re.fullmatch("auto|all|[1-9][0-9]*", str(v))),
         "auto, all or a number from 1",

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from peft.checks import cores
 from scripts import worker
 
 ROOT = Path(__file__).parent.parent
@@ -148,11 +149,10 @@ def local(*, device: str, workers: int | None, threads: int, host: str, **_: obj
 
     configure()
     devices = gpus(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     one = device.startswith("cuda:")  # that GPU, and no other
-    count = workers or len(devices) or (1 if one else max(1, cores // threads))
+    count = workers or len(devices) or (1 if one else max(1, cores() // threads))
     if devices:
-        threads = max(1, cores // count)
+        threads = max(1, cores() // count)
     # Asked before the cluster starts: Dask writes its own value into this process, too.
     environment = child_environment(os.environ.get("OMP_NUM_THREADS", threads))
     for left in (2, 1, 0):

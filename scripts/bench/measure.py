@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import platform
 import sys
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 import peft
 from data.manifest import replacing
 from eval import device_name
+from peft.checks import cores
 from peft.config import (
     build_bare,
     catalogue,
@@ -57,10 +57,9 @@ def hardware(device: str) -> dict[str, str | int]:
     """Names of what the numbers were measured on."""
     lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [x.partition(":")[2].strip() for x in lines.splitlines() if x.startswith("model name")]
-    there = hasattr(os, "sched_getaffinity")
     return {
         "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if there else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": device_name(torch.device(device)),
         "python": platform.python_version(),
