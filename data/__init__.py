@@ -25,7 +25,7 @@ from torch import Tensor
 from data.manifest import Manifest, hash_order
 from data.transforms import DRAWS, FLIP, Preset, View, erase, normalise
 
-CHUNK = 16  # images that go to the device together: 16 chunks under way fit the 64 MiB of a container
+CHUNK = 16  # images that go together; a container may have 64 MiB for all that are under way
 FEW = 2048  # images that threads decode: they share Python's lock, but start at once
 
 __all__ = ["Images", "Loader", "Manifest", "Preset", "View", "hash_order", "load"]
