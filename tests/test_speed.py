@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import home, jitter, shallow, tiny
 from test_pack import config, starts_of
 from test_train import done
 
@@ -13,6 +13,7 @@ import peft
 import train
 from peft import record as records
 from peft import speed
+from peft.config import catalogue
 from peft.memory import out_of_memory
 from peft.pack import Pack
 from peft.speed import compiled, fastest_pack, largest
@@ -162,3 +163,23 @@ def test_a_trial_leaves_no_trace():
     assert all(torch.equal(t, before[n]) for n, t in peft.adapter_state(model).items())
     assert all(leaf.grad is None for leaf in pack.trained(0))
     assert torch.equal(stream, torch.get_rng_state())
+
+
+@pytest.mark.full  # half a minute each
+@pytest.mark.parametrize("method", catalogue("method"))
+def test_generated_code_computes_what_a_pack_does(method, images):
+    """A GPU's default for long runs: inductor's own code, here for the CPU."""
+    model = jitter(tiny(home(method), method, **shallow(home(method)))).eval()
+    pack = Pack(model, model, starts_of(model, 2), train.spared("one_dim"))
+
+    def numbers() -> list[torch.Tensor]:
+        logits, penalties = pack(images)
+        leaves = [leaf for k in pack.members for leaf in pack.trained(k)]
+        loss = logits.logsumexp(2).sum() + penalties.sum()
+        return [logits.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+    plain = numbers()
+    assert pack.compile(True, images, OFF) is None
+    for ours, theirs in zip(numbers(), plain, strict=True):
+        if theirs is not None:
+            assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
