@@ -128,20 +128,26 @@ def attempt(runs: list[Run], device: torch.device) -> dict[Path, float | Excepti
         outcomes = train(runs, device)
     except Exception as error:
         full, said = out_of_memory(error), str(error).partition("\n")[0]
-        if len(runs) == 1 or not (full or isinstance(error, Unstackable)):
+        auto = runs[0].cfg.compile == "auto" and device.type == "cuda" and parallel.world() == 1
+        if len(runs) > 1 and (full or isinstance(error, Unstackable)):
+            size = len(runs) // 2 if full else 1
+            how = f"with {size} at a time"
+        elif full and auto:  # CUDA graphs keep memory of their own
+            size, how, runs[0].cfg.compile = 1, "without compiling", False
+        else:
             failures = {one.folder: one.fail(with_advice(error)) for one in runs}
             parallel.leave()  # the other processes must not wait for this one
             return failures
-        half = len(runs) // 2 if full else 1
-        print(f"a pack of {len(runs)} does not work ({said}): going on with {half} at a time")
+        print(f"a pack of {len(runs)} does not work ({said}): going on {how}")
     else:
         return {one.folder: one.finish(out) for one, out in zip(runs, outcomes, strict=True)}
     gc.collect()  # the exception held the tensors of the pack that did not fit
+    torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     found = {}
-    for start in range(0, len(runs), half):
-        found |= attempt(runs[start : start + half], device)
+    for start in range(0, len(runs), size):
+        found |= attempt(runs[start : start + size], device)
     return found
 
 
@@ -174,12 +180,6 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
     pack = Pack(model, net, starts, spared(optim.no_decay), numbers, same_draws, bool(optim.ema))
     if parallel.world() > 1:
         pack.share(device)
-    graphs = cfg.compile if cfg.compile != "auto" or device.type == "cuda" else False
-    if graphs:
-        images, labels = next(batches.epoch())
-        piece, *_ = next(parallel.pieces(len(labels), optim.accumulate))
-        steps = length(optim, len(batches))
-        graphs = compiled(pack, cfg, images[piece], autocast, steps)
     history = fit(pack, batches, (judged, scoring) if peeks else None, runs, autocast, mix)
 
     provenance = {
@@ -190,7 +190,7 @@ def train(runs: list[Run], device: torch.device) -> list[dict | Exception]:
         **loader.provenance,
         "precision": cfg.precision if autocast._enabled else "fp32",
         "pack": len(runs),
-        "compiled": graphs,
+        "compiled": pack.mode,
         "processes": parallel.world(),
         "threads": torch.get_num_threads(),
     }
@@ -272,6 +272,8 @@ def fit(
         torch.manual_seed(cfg.seed + 1 + 1_000_003 * parallel.rank() + history.step)
         history.sums.zero_()
     parallel.wait()
+    pack.net.train()
+    compiled(pack, cfg, batches, autocast, total - history.step)
     stop, mirrored = Stop(), ExitStack()
     started, saved = time.monotonic() - history.seconds, time.monotonic()
 
@@ -357,8 +359,12 @@ def fit(
                     write_log(runs[k].folder, history.logs[k])
                     mirrors[k](row)
                 progress.epoch(row, math.ceil(total / per_epoch))
+            fewer = len(pack.members) < len(history.sums)
             history.sums = torch.zeros_like(history.sums[: len(pack.members)])
             if pack.members:
+                if fewer:
+                    pack.net.train()
+                    compiled(pack, cfg, batches, autocast, total - history.step)
                 # after the last batch of an epoch only here: a checkpoint must hold the row, too
                 pause()
     history.seconds = time.monotonic() - started

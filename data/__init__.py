@@ -14,6 +14,7 @@ bounded number of batches in flight.
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from torch import Tensor
 from data.manifest import Manifest, hash_order
 from data.transforms import DRAWS, FLIP, Preset, View, erase, normalise
 
-CHUNK = 16  # images that go together; a container may have 64 MiB for all that are under way
+CHUNK = 2 * 1024**2  # bytes of images that go to the device together
 FEW = 2048  # images that threads decode: they share Python's lock, but start at once
 
 __all__ = ["Images", "Loader", "Manifest", "Preset", "View", "hash_order", "load"]
@@ -146,7 +147,8 @@ class Loader:
     `epoch(e, start)` yields (images, labels) from batch `start` on: float32 (B, 3, S, S) normalised
     and int64 (B,), both on `device`. When training, order and augmentation are pure functions of
     (data_seed, e, batch), whatever the device and the number of workers, so a resumed run sees what
-    an uninterrupted one saw. Otherwise the order is the manifest's.
+    an uninterrupted one saw; random crops are resized where the images lie, which on a GPU differs
+    by a grey level. Otherwise the order is the manifest's.
     """
 
     images: Images
@@ -166,6 +168,8 @@ class Loader:
 
     def __post_init__(self) -> None:
         self._store: Tensor | list[Tensor] | None = None
+        self._stays: bool | None = None  # whether there is to be a store
+        self._each: float | None = None  # bytes of an image
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
         if not len(self):
@@ -211,19 +215,14 @@ class Loader:
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.order(e)
-        if self._store is None and self._estimate() <= self._budget():
+        if self._stays is None:  # once, since a GPU's free memory comes and goes
+            self._stays = self._bytes() * self.num_images <= self._budget()
+        if self._store is None and self._stays:
             self._store = self._prepare()
         stream = _Stream(self, e, order)
         batches = range(start, len(self))
         if self._store is None and self.workers:
-            batches = torch.utils.data.DataLoader(
-                stream,
-                batch_size=None,
-                sampler=batches,
-                num_workers=self.workers,
-                prefetch_factor=2,
-                pin_memory=self.device.type == "cuda",
-            )
+            batches = self._decoded(stream, batches, self.batch_size)
         else:
             batches = (stream[b] for b in batches)
         for b, (images, labels) in enumerate(batches, start):
@@ -247,33 +246,56 @@ class Loader:
     def _fixed(self, i: int) -> Tensor:
         return self.view.fixed(self.images.image(int(i)), self.image_size)
 
-    def _estimate(self) -> float:
-        """Bytes that the whole split would take, judged by up to eight images spread over it."""
-        some = np.unique(np.linspace(0, self.num_images - 1, 8).astype(int))
-        return float(np.mean([self._fixed(i).nbytes for i in some])) * self.num_images
+    def _bytes(self) -> float:
+        """Of an image after the fixed part, judged by up to eight spread over the split."""
+        if self._each is None:
+            some = np.unique(np.linspace(0, self.num_images - 1, 8).astype(int))
+            self._each = float(np.mean([self._fixed(i).nbytes for i in some]))
+        return self._each
 
     def _budget(self) -> int:
         """Bytes that may stay on the device."""
         if self.cache_bytes is not None:
             return self.cache_bytes
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0] // 4
+            free, _ = torch.cuda.mem_get_info(self.device)
+            used = torch.cuda.memory_allocated(self.device)  # torch keeps more for later
+            return (free + torch.cuda.memory_reserved(self.device) - used) // 4
         return 2 * 1024**3
+
+    def _decoded(self, pieces: torch.utils.data.Dataset, which: Sequence, images: int) -> Iterator:
+        """Pieces of so many images, from processes. What these have under way, two pieces each, is
+        in shared memory, of which a container may have 64 MiB."""
+        few, each = self.workers, images * self._bytes()
+        if os.path.isdir("/dev/shm"):
+            few = min(few, int(shutil.disk_usage("/dev/shm").free / 2 / (2 * each)))
+        loader = torch.utils.data.DataLoader(
+            pieces,
+            batch_size=None,
+            sampler=which,
+            num_workers=max(1, few),
+            prefetch_factor=2,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws a number from the stream of dropout
+        )
+        try:
+            yield from loader
+        except Exception as error:
+            raise from_worker(error)  # noqa: B904, it names its cause
 
     def _prepare(self) -> Tensor | list[Tensor]:
         """Every image after the fixed part, on the device: one tensor if all have the same shape,
-        else a list. Few of them are in the host's memory at a time.
+        else a list. Few of them are in the memory of the host of a GPU at a time.
         """
         fixed, flats, groups = _Fixed(self), [], []
+        size = max(1, int(CHUNK / self._bytes()))
         chunks = [
-            range(start, min(start + CHUNK, self.num_images))
-            for start in range(0, self.num_images, CHUNK)
+            range(start, min(start + size, self.num_images))
+            for start in range(0, self.num_images, size)
         ]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             if self.workers and self.num_images > FEW:
-                found = torch.utils.data.DataLoader(
-                    fixed, batch_size=None, sampler=chunks, num_workers=self.workers
-                )
+                found = self._decoded(fixed, chunks, size)
             else:
                 found = pool.map(fixed.__getitem__, chunks)
             for flat, shapes in found:
@@ -287,6 +309,18 @@ class Loader:
             for flat, shapes in zip(flats, groups, strict=True)
             for x, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)
         ]
+
+
+def from_worker(error: Exception) -> Exception:
+    """What went wrong in a process that decodes images, without the traceback that torch makes part
+    of the message."""
+    first, _, rest = str(error).partition("\n")
+    if not (first.startswith("Caught ") and "in DataLoader worker process" in first):
+        return error
+    said = rest.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    plain = type(error)(said)
+    plain.__cause__ = error
+    return plain
 
 
 @dataclass(eq=False)

@@ -78,7 +78,6 @@ class Run:
 
     def fail(self, error: Exception) -> Exception:
         """Leaves failure.json and returns what ended the run."""
-        error = from_worker(error)
         reason = {
             "status": "failed",
             "reason": str(error),
@@ -136,15 +135,3 @@ def weights_name(cfg: DictConfig) -> str:
 def headline(record: Mapping) -> float:
     metrics = record["metrics"]
     return metrics.get("top1_best", metrics.get("top1_last", metrics.get("top1_val")))
-
-
-def from_worker(error: Exception) -> Exception:
-    """What went wrong in a process that decodes images, without the traceback that torch makes part
-    of the message."""
-    first, _, rest = str(error).partition("\n")
-    if not (first.startswith("Caught ") and "in DataLoader worker process" in first):
-        return error
-    said = rest.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-    plain = type(error)(said)
-    plain.__cause__ = error
-    return plain

@@ -142,6 +142,7 @@ class Pack:
             randomness = "same" if same_draws else "different"
             self.mapped = vmap(self._one, (0, 0, None), randomness=randomness)
             self.forward = self._all
+        self.plain, self.mode = self.forward, False  # the mode of torch.compile, once compiled
         if ema:
             self.averages = [
                 [[leaf.detach().clone() for leaf in group] for group in member]
@@ -194,44 +195,61 @@ class Pack:
                 kind = type(tuner).__name__
                 raise ValueError(f"a {kind} takes one process: {tuner.alone}")
         ids = [device.index] if device.type == "cuda" else None
-        self.forward = self.shared = DistributedDataParallel(self.scored, device_ids=ids)
+        self.shared = DistributedDataParallel(self.scored, device_ids=ids)
+        self.forward = self.plain = self.shared
 
     def quiet(self, last: bool) -> AbstractContextManager:
         """Around all parts of a batch but the last: gradients are exchanged once a step."""
         return self.shared.no_sync() if self.shared and not last else nullcontext()
 
     def compile(self, mode: bool | str, images: Tensor, autocast: torch.autocast) -> str | None:
-        """Compiles the forward pass and tries it on a batch. Returns why that failed, after which
-        the pack is as it was, or None."""
-        plain = self.forward
-        torch.compiler.reset()  # it gives up after some networks in one process
-        shape = images.shape
-        mode, failure = None if mode is True else mode, None
+        """Compiles the forward pass and tries it on a batch, or a part of one. Returns why that
+        failed, after which the pack is as it was, or None. `mode` then says how it is compiled."""
+        self.uncompile()
+        torch._inductor.config.fallback_random = True  # draws dropout as plain steps do
+        few, failure = len(images), None
         # a pack that is not one graph would run as it is, and nobody would be told
         # nor would a graph for any size of batch do: in vmap some of its operators want numbers
-        graph = torch.compile(plain, fullgraph=not self.solo, dynamic=False, mode=mode)
+        graph = torch.compile(
+            self.plain,
+            fullgraph=not self.solo,
+            dynamic=False,
+            mode=None if mode is True else mode,
+        )
 
-        def forward(*given) -> tuple[Tensor, Tensor]:  # the smaller last batch pays for no graph
-            return (graph if given[-1].shape == shape else plain)(*given)
+        def forward(*given) -> tuple[Tensor, Tensor]:
+            # parts of a batch differ by one image; the smaller last batch pays for no graph
+            return (graph if few <= len(given[-1]) <= few + 1 else self.plain)(*given)
 
-        self.forward = forward
+        self.forward, self.mode = forward, mode
         with self.trial(images, autocast) as step:
             try:
                 for _ in range(3):  # CUDA graphs are recorded at the second, and replayed then
                     step()
             except Exception as error:
-                self.forward, failure = plain, f"{type(error).__name__}: {str(error).strip()}"
-        return failure and failure.splitlines()[0]
+                failure = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        if failure:
+            self.uncompile()
+        return failure
+
+    def uncompile(self) -> None:
+        """Goes on with plain steps, and frees what graphs hold."""
+        self.forward, self.mode = self.plain, False
+        torch.compiler.reset()  # nor does it compile more than some networks in one process
 
     @contextmanager
     def trial(self, images: Tensor, autocast: torch.autocast) -> Iterator[Callable[[], None]]:
         """A step forth and back, as often as one likes: none leaves a trace."""
+        leaves = [leaf for k in self.members for leaf in self.trained(k)]
 
         def step() -> None:
             with autocast:
                 logits, extra = self(images)
             (logits.float().sum() + extra.sum()).backward()
-            for leaf in (leaf for k in self.members for leaf in self.trained(k)):
+            clear()
+
+        def clear() -> None:
+            for leaf in leaves:
                 leaf.grad = None
 
         start = {name: t.clone() for name, t in adapter_state(self.model).items()}
@@ -239,6 +257,7 @@ class Pack:
             with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
                 yield step
         finally:
+            clear()
             load_adapter_state(self.model, start)
 
     def stacks(self, leaves: Nested) -> dict[str, Tensor]:
@@ -299,8 +318,8 @@ class Pack:
                 mine.copy_(its)
 
     def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
-        """Leaves a member out from here on."""
-        torch.compiler.reset()  # a smaller pack is another graph, and it gives up after some
+        """Leaves a member out from here on, with plain steps: a smaller pack is another graph."""
+        self.uncompile()
         self.members.remove(k)
         self.given = None
         kept = [group for group in optimizer.param_groups if group["member"] != k]

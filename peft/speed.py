@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from data import Loader
 from peft import parallel
 from peft.core import tuners
 from peft.memory import out_of_memory
@@ -73,36 +74,38 @@ def largest(seconds: Callable[[int], float], most: int) -> int:
 
 
 def compiled(
-    pack: Pack, cfg: DictConfig, images: Tensor, autocast: torch.autocast, steps: int
-) -> bool | str:
-    """Compiles a pack as `cfg.compile` says, which is not false; returns how it now steps: the
-    mode, or False for plain.
+    pack: Pack, cfg: DictConfig, batches: Loader, autocast: torch.autocast, steps: int
+) -> None:
+    """Compiles a pack as `cfg.compile` says.
 
-    images: a batch, or the part of it that is passed at once. steps: of the whole run. "auto"
-    compiles where plain steps would take LONG, and keeps what is faster.
+    batches: of the run. steps: what is left of it. "auto" compiles on a GPU, where plain steps
+    would take LONG, and keeps what is faster.
     """
-    choice, auto = cfg.compile, cfg.compile == "auto"
-    plain, speak, parts = pack.forward, parallel.first(), cfg.optim.accumulate
+    auto, parts, speak = cfg.compile == "auto", cfg.optim.accumulate, parallel.first()
+    # a method that draws a network for every step would need a graph for each
+    draws = any(tuner.alone for tuner in tuners(pack.model).values())
+    if not cfg.compile or not steps or (auto and (batches.device.type != "cuda" or draws)):
+        return
+    images, labels = next(batches.epoch())
+    piece, *_ = next(parallel.pieces(len(labels), parts))
+    images, mode = images[piece], cfg.compile
     if auto:
-        if any(tuner.alone for tuner in tuners(pack.model).values()):
-            return False  # another network at every step: another graph
         before = step_seconds(pack, images, autocast)
         if not any(parallel.agreed([steps * parts * before > LONG])):
-            return False
+            return
         # launches limit a run alone; a pack needs the memory that CUDA graphs would keep
         alone = pack.solo and parts == 1 and parallel.world() == 1
-        choice = "reduce-overhead" if alone else True
+        mode = "reduce-overhead" if alone else True
     if speak:
         print("compiling the step, which takes half a minute or more", flush=True)
-    if failure := pack.compile(choice, images, autocast):
+    failure = pack.compile(mode, images, autocast)
+    if any(parallel.agreed([failure is not None])):
+        pack.uncompile()
         if speak:
-            print(f"compile={choice} does not work here ({failure}): going on without it")
-        return False
-    if auto:
+            print(f"compile={mode} does not work here ({failure}): going on without it")
+    elif auto:
         now = step_seconds(pack, images, autocast)
         if any(parallel.agreed([now > 0.95 * before])):
-            pack.forward = plain
-            return False
-        if speak:
+            pack.uncompile()
+        elif speak:
             print(f"compiled: {1000 * now:.0f} ms a step instead of {1000 * before:.0f}")
-    return choice

@@ -61,6 +61,21 @@ def test_every_preset_serves_its_size_and_streams_the_same(path, monkeypatch):
         assert torch.equal(first, other) == (not train)
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_process_that_fails_says_why_in_a_line(monkeypatch, stays):
+    monkeypatch.setattr(data, "FEW", 10)
+    good = pictures(20)
+
+    def damaged(i: int):
+        if i == 13:
+            raise ValueError("Image '13' cannot be read: truncated")
+        return good.open(i)
+
+    images = Images(good.manifest, damaged)
+    with pytest.raises(ValueError, match=r"^Image '13' cannot be read: truncated$"):
+        list(load(images, Preset("x"), workers=1, cache_bytes=2**30 * stays).epoch())
+
+
 def test_a_gpu_with_room_keeps_more(monkeypatch):
     images = pictures(20)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 800))

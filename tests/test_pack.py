@@ -213,10 +213,11 @@ def test_a_compiled_pack_may_lose_many_members(images, monkeypatch):
     optimizer = torch.optim.SGD(
         {"params": pack.trained(k), "lr": 0.1, "member": k} for k in pack.members
     )
-    assert pack.compile(True, images, torch.autocast("cpu", enabled=False)) is None
     for k in range(11):
+        assert pack.compile(True, images, torch.autocast("cpu", enabled=False)) is None
+        assert len(pack(images)[0]) == 12 - k
         pack.drop(k, optimizer)
-        assert len(pack(images)[0]) == 11 - k
+        assert pack.mode is False and pack.forward is pack.plain
 
 
 def test_a_member_that_diverges_leaves_its_neighbours_alone(tmp_path):

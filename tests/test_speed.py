@@ -112,6 +112,15 @@ def test_a_compiled_pack_takes_the_smaller_last_batch(tmp_path, capsys, graphs):
     assert [record["provenance"]["compiled"] for record in of] == [True, True]
 
 
+class Batches:
+    """What `compiled` asks of a loader: here one that says that it is on a GPU."""
+
+    device = torch.device("cuda")
+
+    def epoch(self):
+        yield torch.zeros(4, 3, 32, 32), torch.zeros(4)
+
+
 def chosen(
     monkeypatch, seconds: list[float], *overrides: str, members: int = 1, method: str = "lora"
 ) -> bool | str:
@@ -119,10 +128,9 @@ def chosen(
     monkeypatch.setattr(speed, "step_seconds", lambda *_: seconds.pop(0))
     model = tiny("tiny_vit", method).train()
     pack = Pack(model, model, starts_of(model, members), train.spared("one_dim"))
-    plain, cfg = pack.forward, config(Path("x"), *overrides)
-    mode = compiled(pack, cfg, torch.zeros(2, 3, 32, 32), OFF, 3200)
-    assert (pack.forward is plain) == (not mode) and not seconds
-    return mode
+    compiled(pack, config(Path("x"), *overrides), Batches(), OFF, 3200)
+    assert (pack.forward is pack.plain) == (not pack.mode) and not seconds
+    return pack.mode
 
 
 def test_auto_compiles_what_takes_long(monkeypatch, capsys, graphs):
@@ -149,6 +157,42 @@ def test_auto_goes_on_plainly_where_compiling_fails(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **said: broken)
     assert chosen(monkeypatch, [0.1]) is False
     assert "compile=reduce-overhead does not work here (RuntimeError: no" in capsys.readouterr().out
+
+
+def test_parts_of_a_batch_share_a_graph(graphs):
+    """21, 21 and 22 of 64 images; 8 of 1,000 are left at the end."""
+    model = tiny("tiny_vit", "lora").train()
+    pack = Pack(model, model, starts_of(model, 2), train.spared("one_dim"))
+    assert pack.compile(True, torch.zeros(4, 3, 32, 32), OFF) is None
+    graphs.clear()
+    for size in (3, 4, 5, 6):
+        pack(torch.zeros(size, 3, 32, 32))
+    assert graphs == [(None, 4), (None, 5)]
+
+
+def test_a_pack_that_loses_a_member_is_compiled_again(tmp_path, graphs):
+    rates = [f"optim.lr={rate}" for rate in ("1e-3", "1e12", "3e-3")]
+    both = ["method=full", "optim.epochs=3", "pack=all"]
+    plain = train.run_pack([config(tmp_path / "plain", *both, r) for r in rates])
+    ours = train.run_pack([config(tmp_path / "graphs", *both, "compile=true", r) for r in rates])
+    assert [ours[0], ours[2]] == [plain[0], plain[2]]
+    assert isinstance(ours[1], FloatingPointError)
+    of = [records.read(path) for path in (tmp_path / "graphs").rglob("record.json")]
+    assert [record["provenance"]["compiled"] for record in of] == [True, True]
+
+
+def test_a_run_that_graphs_leave_no_memory_for_goes_on_without(tmp_path, monkeypatch, capsys):
+    def short(runs, device):
+        if runs[0].cfg.compile:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        raise ValueError("it came to plain steps")
+
+    monkeypatch.setattr(train, "train", short)
+    run = train.Run(config(tmp_path, "method=lora", "compile=auto"))
+    run.prepare()
+    outcome = train.attempt([run], torch.device("cuda"))[run.folder]
+    assert str(outcome) == "it came to plain steps"
+    assert "(CUDA out of memory): going on without compiling" in capsys.readouterr().out
 
 
 def test_a_trial_leaves_no_trace():
@@ -183,3 +227,24 @@ def test_generated_code_computes_what_a_pack_does(method, images):
     for ours, theirs in zip(numbers(), plain, strict=True):
         if theirs is not None:
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("members", [1, 2])
+def test_generated_code_draws_dropout_as_plain_steps_do(members):
+    """Else a measured time would decide about a number."""
+    model = tiny("tiny_vit", "lora", **shallow("tiny_vit"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model = jitter(model).train()
+    pack = Pack(model, model, starts_of(model, members), train.spared("one_dim"))
+    images, seen = torch.randn(4, 3, 32, 32), []
+    for compiling in (False, True):
+        if compiling:
+            assert pack.compile(True, images, OFF) is None
+        torch.manual_seed(1)
+        seen.append([pack(images)[0].detach() for _ in range(2)])
+    (first, second), ours = seen
+    assert (first - second).abs().max() > 1e-3, "dropout is drawn anew"
+    torch.testing.assert_close(ours, [first, second], atol=1e-5, rtol=1e-4)
