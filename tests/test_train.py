@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import peft
 import train
 from peft import record as records
@@ -128,10 +129,16 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path):
     assert done(tmp_path / "a")["metrics"] == done(tmp_path / "b")["metrics"]
 
 
-@pytest.mark.parametrize("at", [3, 10, 13])
-def test_a_crash_resumes_to_the_same_bits(tmp_path, monkeypatch, at):
+@pytest.mark.parametrize(
+    ("at", "workers", "stays"), [(3, 0, True), (10, 0, True), (13, 2, True), (7, 1, False)]
+)
+def test_a_crash_resumes_to_the_same_bits(tmp_path, monkeypatch, at, workers, stays):
+    """Whoever decodes, threads or processes, and into a cache or not."""
     choice = ["method=lora", "method.dropout=0.1", "optim.epochs=3", "checkpoint_seconds=0"]
     train.run(config(tmp_path / "whole", *choice))
+    choice.append(f"workers={workers}")
+    monkeypatch.setattr(data, "FEW", 10)
+    monkeypatch.setattr(data.Loader, "_budget", lambda loader: 2**30 * stays)
     with ending_before(at), pytest.raises(MemoryError):
         train.run(config(tmp_path / "cut", *choice))
     failure = json.loads((folder(tmp_path / "cut") / "failure.json").read_text())

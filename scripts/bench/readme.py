@@ -56,7 +56,7 @@ def pack(result: dict) -> Lines:
     for row in result["methods"]:
         best = max(row["packs"], key=lambda p: p.get("runs_per_hour", 0))
         yield (
-            f"{row['method']}: most runs an hour, one at a time = 1",
+            f"{row['method']}: most runs an hour, one at a time and not compiled = 1",
             f"{best['to_one_at_a_time']:.2f}, with {row['chosen']} at once"
             f"{' and compiled' if best['compiled'] else ''}, at "
             f"{100 * best['share_of_matmul_rate']:.0f} % of the device's matmul rate",
