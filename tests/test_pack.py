@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 import peft
 import train
 from peft import record as records
+from peft.batching import Batching
 from peft.config import catalogue, plain
-from peft.pack import Folded, Pack, Unstackable, why_not
+from peft.pack import Pack, Unstackable, why_not
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}  # of weights after training; a step alone agrees to 1e-5
 
@@ -66,7 +67,7 @@ def test_a_step_of_a_pack_is_the_steps_of_its_members(backbone, method, images):
                 torch.testing.assert_close(leaves[0].grad, expected, atol=1e-4, rtol=1e-4)
 
 
-QUICK = ("lora", "alore")  # the second unflattens, see pack.Folded
+QUICK = ("lora", "alore")  # the second unflattens, see peft/batching.py
 COMPILED = [
     pytest.param(b, m, marks=[] if b == "tiny_vit" and m in QUICK else pytest.mark.full)
     for b in TINY
@@ -341,7 +342,7 @@ def test_a_masked_attention_is_folded_too():
     for mask, dim in ((torch.randn(1, 2, 5, 5), None), (torch.randn(3, 4, 1, 5, 5), 0)):
 
         def attend(q, k, v, mask):
-            with Folded():
+            with Batching():
                 return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         together = torch.func.vmap(attend, (0, 0, 0, dim))(q, k, v, mask)
