@@ -281,7 +281,8 @@ class Loader:
         try:
             yield from loader
         except Exception as error:
-            raise from_worker(error)  # noqa: B904, it names its cause
+            plain = from_worker(error)
+            raise plain from plain.__cause__
 
     def _prepare(self) -> Tensor | list[Tensor]:
         """Every image after the fixed part, on the device: one tensor if all have the same shape,

@@ -241,30 +241,12 @@ def placements_of(method: DictConfig, family: str) -> list:
     return kept
 
 
-def build(
-    backbone: DictConfig,
-    method: DictConfig,
-    *,
-    num_classes: int,
-    pretrained: bool | None = None,
-    weights: str | None = None,
-    image_size: int | None = None,
-    **kwargs,
-) -> "nn.Module":
-    """The model of a backbone node and a method node, tuners attached. Raises FileNotFoundError
-    where the weights of a hub cannot be had."""
+def build(backbone: DictConfig, method: DictConfig, **options) -> "nn.Module":
+    """The model of a backbone node and a method node, tuners attached; see `build_bare`."""
     from peft.core import attach  # here: listing configurations needs no torch
 
     placements = placements_of(method, backbone.family)
-    model = build_bare(
-        backbone,
-        num_classes=num_classes,
-        pretrained=pretrained,
-        weights=weights,
-        image_size=image_size,
-        **kwargs,
-    )
-    return attach(model, placements, plain(method.trainable))
+    return attach(build_bare(backbone, **options), placements, plain(method.trainable))
 
 
 def build_bare(
@@ -276,7 +258,8 @@ def build_bare(
     image_size: int | None = None,
     **kwargs,
 ) -> "nn.Module":
-    """The network of a backbone node as it stands. Raises as `build` does."""
+    """The network of a backbone node as it stands. Raises FileNotFoundError where the weights of a
+    hub cannot be had."""
     from peft.backbone import build_backbone
 
     if pretrained is None:
