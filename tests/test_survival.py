@@ -8,8 +8,9 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from test_train import config, ending_before, folder, run_command
+from test_train import config, done, ending_before, folder, run_command
 
+import data
 import eval as evaluation
 import train
 from data import Images
@@ -120,6 +121,23 @@ def test_what_a_killed_write_left_is_swept_up(tmp_path):
     assert [path.name for path in run.folder.iterdir()] == [".claim"]
 
 
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    process = run_command(tmp_path, "optim.epochs=100", "method=full")
+    for line in process.stdout:
+        if "epoch 2/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from the last checkpoint" in err, err
+    assert (folder(tmp_path) / "state.pt").is_file() and not (
+        folder(tmp_path) / "record.json"
+    ).exists()
+    process = run_command(tmp_path, "optim.epochs=100", "method=full")
+    assert "going on from step" in process.stdout.readline()
+    process.kill()
+    process.communicate()
+
+
 def test_sigterm_leaves_a_checkpoint(tmp_path):
     process = run_command(tmp_path, "optim.epochs=100", "method=full", "checkpoint_seconds=1000")
     for line in process.stdout:
@@ -145,3 +163,32 @@ def test_a_record_is_assembled_from_the_configuration_alone(tmp_path):
     record = records.read(folder(tmp_path) / "record.json")
     assert record["seed"] == record["config"]["seed"] == 7
     assert record["trained_on"] == record["config"]["protocol"]["tune"]["train_on"]
+
+
+@pytest.mark.parametrize(
+    ("at", "workers", "stays"), [(3, 0, True), (10, 0, True), (13, 2, True), (7, 1, False)]
+)
+def test_a_crash_resumes_to_the_same_bits(tmp_path, monkeypatch, at, workers, stays):
+    """Whoever decodes, threads or processes, and into a cache or not."""
+    choice = ["method=lora", "method.dropout=0.1", "optim.epochs=3", "checkpoint_seconds=0"]
+    train.run(config(tmp_path / "whole", *choice))
+    choice.append(f"workers={workers}")
+    monkeypatch.setattr(data, "FEW", 10)
+    monkeypatch.setattr(data.Loader, "_budget", lambda loader: 2**30 * stays)
+    with ending_before(at), pytest.raises(MemoryError):
+        train.run(config(tmp_path / "cut", *choice))
+    failure = json.loads((folder(tmp_path / "cut") / "failure.json").read_text())
+    assert failure["reason"] == "no room"
+    real, steps = train.learning_rate, []
+    monkeypatch.setattr(
+        train, "learning_rate", lambda step, *rest: (steps.append(step), real(step, *rest))[1]
+    )
+    train.run(config(tmp_path / "cut", *choice))
+    assert steps[0] == at, "it began again instead of going on"
+    whole, cut = folder(tmp_path / "whole"), folder(tmp_path / "cut")
+    assert (whole / "adapter.safetensors").read_bytes() == (
+        cut / "adapter.safetensors"
+    ).read_bytes()
+    assert (whole / "log.csv").read_text() == (cut / "log.csv").read_text()
+    assert done(tmp_path / "whole")["metrics"] == done(tmp_path / "cut")["metrics"]
+    assert not (cut / "failure.json").exists() and not (cut / "state.pt").exists()

@@ -1,10 +1,8 @@
-"""One run, end to end, on a tiny backbone and made-up images: its record, its bits, its
-interruption, its number again."""
+"""One run, end to end, on a tiny backbone and made-up images: its record, its bits, its words."""
 
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import weakref
@@ -18,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 import peft
 import train
 from peft import record as records
@@ -127,35 +124,6 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
     assert done(tmp_path / "a")["metrics"] == done(tmp_path / "b")["metrics"]
-
-
-@pytest.mark.parametrize(
-    ("at", "workers", "stays"), [(3, 0, True), (10, 0, True), (13, 2, True), (7, 1, False)]
-)
-def test_a_crash_resumes_to_the_same_bits(tmp_path, monkeypatch, at, workers, stays):
-    """Whoever decodes, threads or processes, and into a cache or not."""
-    choice = ["method=lora", "method.dropout=0.1", "optim.epochs=3", "checkpoint_seconds=0"]
-    train.run(config(tmp_path / "whole", *choice))
-    choice.append(f"workers={workers}")
-    monkeypatch.setattr(data, "FEW", 10)
-    monkeypatch.setattr(data.Loader, "_budget", lambda loader: 2**30 * stays)
-    with ending_before(at), pytest.raises(MemoryError):
-        train.run(config(tmp_path / "cut", *choice))
-    failure = json.loads((folder(tmp_path / "cut") / "failure.json").read_text())
-    assert failure["reason"] == "no room"
-    real, steps = train.learning_rate, []
-    monkeypatch.setattr(
-        train, "learning_rate", lambda step, *rest: (steps.append(step), real(step, *rest))[1]
-    )
-    train.run(config(tmp_path / "cut", *choice))
-    assert steps[0] == at, "it began again instead of going on"
-    whole, cut = folder(tmp_path / "whole"), folder(tmp_path / "cut")
-    assert (whole / "adapter.safetensors").read_bytes() == (
-        cut / "adapter.safetensors"
-    ).read_bytes()
-    assert (whole / "log.csv").read_text() == (cut / "log.csv").read_text()
-    assert done(tmp_path / "whole")["metrics"] == done(tmp_path / "cut")["metrics"]
-    assert not (cut / "failure.json").exists() and not (cut / "state.pt").exists()
 
 
 def test_steps_instead_of_epochs(tmp_path):
@@ -330,23 +298,6 @@ def run_command(tmp_path: Path, *arguments: str, **kwargs) -> subprocess.Popen:
 def test_a_typo_is_one_paragraph_and_exit_status_1(tmp_path, argument, message):
     out, err = (process := run_command(tmp_path, argument)).communicate(timeout=120)
     assert process.returncode == 1 and err.startswith(message) and "Traceback" not in err + out
-
-
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    process = run_command(tmp_path, "optim.epochs=100", "method=full")
-    for line in process.stdout:
-        if "epoch 2/" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on from the last checkpoint" in err, err
-    assert (folder(tmp_path) / "state.pt").is_file() and not (
-        folder(tmp_path) / "record.json"
-    ).exists()
-    process = run_command(tmp_path, "optim.epochs=100", "method=full")
-    assert "going on from step" in process.stdout.readline()
-    process.kill()
-    process.communicate()
 
 
 def test_wandb_mirrors_offline(tmp_path):
