@@ -128,11 +128,11 @@ def attempt(runs: list[Run], device: torch.device) -> dict[Path, float | Excepti
         outcomes = train(runs, device)
     except Exception as error:
         full, said = out_of_memory(error), str(error).partition("\n")[0]
-        auto = runs[0].cfg.compile == "auto" and device.type == "cuda" and parallel.world() == 1
+        graphs = runs[0].cfg.compile and device.type == "cuda" and parallel.world() == 1
         if len(runs) > 1 and (full or isinstance(error, Unstackable)):
             size = len(runs) // 2 if full else 1
             how = f"with {size} at a time"
-        elif full and auto:  # CUDA graphs keep memory of their own
+        elif full and graphs:  # these keep memory of their own
             size, how, runs[0].cfg.compile = 1, "without compiling", False
         else:
             failures = {one.folder: one.fail(with_advice(error)) for one in runs}
@@ -272,7 +272,6 @@ def fit(
         torch.manual_seed(cfg.seed + 1 + 1_000_003 * parallel.rank() + history.step)
         history.sums.zero_()
     parallel.wait()
-    pack.net.train()
     compiled(pack, cfg, batches, autocast, total - history.step)
     stop, mirrored = Stop(), ExitStack()
     started, saved = time.monotonic() - history.seconds, time.monotonic()
@@ -363,7 +362,6 @@ def fit(
             history.sums = torch.zeros_like(history.sums[: len(pack.members)])
             if pack.members:
                 if fewer:
-                    pack.net.train()
                     compiled(pack, cfg, batches, autocast, total - history.step)
                 # after the last batch of an epoch only here: a checkpoint must hold the row, too
                 pause()

@@ -86,6 +86,7 @@ def compiled(
     draws = any(tuner.alone for tuner in tuners(pack.model).values())
     if not cfg.compile or not steps or (auto and (batches.device.type != "cuda" or draws)):
         return
+    pack.net.train()
     images, labels = next(batches.epoch())
     piece, *_ = next(parallel.pieces(len(labels), parts))
     images, mode = images[piece], cfg.compile

@@ -145,7 +145,8 @@ def test_auto_compiles_what_takes_long(monkeypatch, capsys, graphs):
     assert auto([], method="noah_supernet") is False, "it draws a network for every step"
 
 
-def test_auto_leaves_a_cpu_alone(tmp_path, graphs):
+def test_auto_leaves_a_cpu_alone(tmp_path, graphs, monkeypatch):
+    monkeypatch.setattr(speed, "LONG", 0)
     train.run(config(tmp_path, "method=lora", "compile=auto"))
     assert not graphs and done(tmp_path)["provenance"]["compiled"] is False
 

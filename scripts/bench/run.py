@@ -206,7 +206,6 @@ def run(given: Mapping[str, str]) -> dict:
             step(*warm)
         cached, whole = own(images, True), EPOCHS * TRAIN // batch
         clocks[1].doing("fill", lambda: next(cached.epoch(0)), device)
-        ours.train()
         compiling = partial(compiled, pack, cfg, cached, measure.mixed(device), whole)
         clocks[1].doing("compiling", compiling, device)
         step(*warm)
